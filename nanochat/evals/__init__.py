@@ -1,0 +1,1 @@
+"""Evaluations: each a function that returns a number or a dict; the recipe decides when."""

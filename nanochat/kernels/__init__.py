@@ -1,0 +1,1 @@
+"""Kernels: each a plain-torch reference and a fast path of the same signature."""

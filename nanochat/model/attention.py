@@ -1,0 +1,94 @@
+"""Letter A: causal attention with rotary positions, QK-norm, sliding windows, grouped heads and value embeddings.
+
+Order of operations (pretraining spec 4.2): project, add the gated value embedding to v, rotate q and k, normalise them
+over the head, scale both by `qk_scale`, attend within the layer's window, project back.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nanochat.config import ModelConfig
+from nanochat.kernels.flash_attention import Visibility, attention
+from nanochat.model.layers import Embedding, Linear, fan_in_bound, rms_norm, uniform_
+from nanochat.model.mixer import LayerContext, LayerCost, Mixer
+from nanochat.model.state import KVState, LayerState
+
+GATE_CHANNELS = 12  # the value-embedding gate reads this many leading channels
+GATE_SCALE = 3.0  # and ranges from 0 to this
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of each head by minus their angle.
+
+    x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
+class Attention(Mixer):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.head_dim = config.head_dim
+        kv_dim = config.n_kv_head * config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, kv_dim)
+        self.c_v = Linear(config.n_embd, kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.value_embedding: Embedding | None = None
+        if config.has_value_embedding(layer):
+            self.value_embedding = Embedding(config.padded_vocab_size, kv_dim, role="value_embedding")
+            self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
+
+    def forward(self, x: Tensor, ctx: LayerContext, state: LayerState | None) -> Tensor:
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.c_q, self.c_k, self.c_v)
+        )  # (B, T, H or H_kv, D)
+        if self.value_embedding is not None:
+            v = v + self._gated_values(x, ctx.token_ids)
+        cos, sin = ctx.rotary(self.head_dim, self.config.rope_base, x.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.config.qk_norm:
+            q, k = rms_norm(q) * self.config.qk_scale, rms_norm(k) * self.config.qk_scale
+        if state is None:
+            visibility = ctx.visibility(self.layer)
+        else:
+            assert isinstance(state, KVState)
+            k, v, key_positions = state.append(k, v, ctx.positions)
+            visibility = Visibility(ctx.positions, key_positions, ctx.windows[self.layer])
+        return self.c_proj(attention(q, k, v, visibility).flatten(2))
+
+    def _gated_values(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """x: (B, T, C), token_ids: (B, T). Returns (B, T, H_kv, D)."""
+        assert self.value_embedding is not None
+        values = self.value_embedding(token_ids).to(x.dtype).unflatten(-1, (-1, self.head_dim))
+        gate = GATE_SCALE * torch.sigmoid(self.value_gate(x[..., : self.value_gate.weight.size(1)]))  # (B, T, H_kv)
+        return gate.unsqueeze(-1) * values
+
+    def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVState:
+        return KVState.empty(batch, max_len, self.config.n_kv_head, self.head_dim, device, dtype)
+
+    def init_weights(self, rng: Generator) -> None:
+        for projection in (self.c_q, self.c_k, self.c_v):
+            uniform_(projection.weight, fan_in_bound(projection.weight), rng)
+        nn.init.zeros_(self.c_proj.weight)
+        if self.value_embedding is not None:
+            uniform_(self.value_embedding.weight, fan_in_bound(self.c_q.weight), rng)
+            nn.init.uniform_(self.value_gate.weight, 0.0, 0.02, generator=rng)
+
+    @classmethod
+    def cost(cls, config: ModelConfig, layer: int) -> LayerCost:
+        kv_dim = config.n_kv_head * config.head_dim
+        params = {"matrix": 2 * config.n_embd**2 + 2 * config.n_embd * kv_dim}
+        if config.has_value_embedding(layer):
+            params["value_embedding"] = config.padded_vocab_size * kv_dim
+            params["matrix"] += min(GATE_CHANNELS, config.n_embd) * config.n_kv_head
+        keys = min(config.windows[layer], config.sequence_len)
+        return LayerCost(params, mixing_flops=12 * config.n_embd * keys)  # 2 products, 2 FLOPs, 3 passes
+
+    def tp_plan(self) -> dict[str, str]:
+        plan = {"c_q": "colwise", "c_k": "colwise", "c_v": "colwise", "c_proj": "rowwise"}
+        if self.value_embedding is not None:
+            plan |= {"value_embedding": "colwise", "value_gate": "colwise"}
+        return plan

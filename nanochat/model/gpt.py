@@ -1,0 +1,241 @@
+"""The GPT: embeddings with smear, blocks of (mixer, MLP) around a residual scheme, one head.
+
+    token ids -> embedding -> norm -> smear -> [ read, norm, mixer, write, read, norm, MLP, write ] x L
+              -> collapse -> norm -> head -> softcap -> logits
+
+The forward has no branch for a layer kind: `MIXERS` and `RESIDUALS` hold the variants. Counts follow from the
+configuration alone (`predict_parameters`, `flops_per_token`), so they are the same in every precision.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from nanochat.common import UserError
+from nanochat.config import ModelConfig
+from nanochat.model.attention import Attention
+from nanochat.model.layers import ACTIVATIONS, MLP, SMEAR_CHANNELS, Embedding, Linear, Role, Smear, rms_norm
+from nanochat.model.mixer import LayerContext, Mixer
+from nanochat.model.residual import RESIDUALS, Residual
+from nanochat.model.state import DecodeState, LayerState
+
+MIXERS: dict[str, type[Mixer]] = {"A": Attention}
+IGNORED = -1  # a target that is not scored
+
+
+class Block(nn.Module):
+    """One layer: a mixer and an MLP, each reading from and writing to the residual scheme's stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mixer = MIXERS[config.layer_letters[layer]](config, layer)  # type: ignore[call-arg]
+        self.mlp = MLP(config.n_embd, config.mlp_activation)
+
+    def forward(self, stream: object, residual: Residual, ctx: LayerContext, state: LayerState | None) -> object:
+        carry, x = residual.read(stream, 2 * self.layer)
+        stream = residual.write(carry, self.mixer(rms_norm(x), ctx, state), 2 * self.layer)
+        carry, x = residual.read(stream, 2 * self.layer + 1)
+        return residual.write(carry, self.mlp(rms_norm(x)), 2 * self.layer + 1)
+
+    def init_weights(self, rng: Generator) -> None:
+        self.mixer.init_weights(rng)
+        self.mlp.init_weights(rng)
+
+
+class GPT(nn.Module):
+    """A language model over token ids.
+
+    dtype: the compute dtype. Parameters are fp32 masters (float64 when computing in float64, which tests use).
+    Raises UserError for letters, schemes or activations that no table knows.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        check_tables(config)
+        self.config, self.dtype = config, dtype
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd, role="wte")
+        self.smear = Smear(config.n_embd) if config.smear else None
+        self.residual = RESIDUALS[config.residual](config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, role="lm_head")
+        self.to(torch.promote_types(dtype, torch.float32))
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's weight if the configuration says so."""
+        if self.config.tied_head:
+            self.lm_head.weight, self.lm_head.roles = self.wte.weight, {}
+
+    # Forward -------------------------------------------------------------------------------------------------------
+
+    def hidden(self, token_ids: Tensor, document_ids: Tensor | None = None, state: DecodeState | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of token_ids (B, T).
+
+        document_ids: (B, T), used only under `config.doc_mask`. state: continue its rows and advance them by T.
+        """
+        ctx = self._context(token_ids, document_ids, state)
+        x = rms_norm(self.wte(token_ids).to(self.dtype))  # (B, T, C)
+        last_embedding = x[:, -1]
+        if self.smear is not None:
+            x = self.smear(x, ctx.positions, None if state is None else state.stem)
+        stream = self.residual.expand(x)
+        for block, layer_state in zip(self.blocks, [None] * len(self.blocks) if state is None else state.layers):
+            stream = block(stream, self.residual, ctx, layer_state)
+        if state is not None:
+            state.positions = state.positions + token_ids.size(1)
+            state.stem = last_embedding
+        return rms_norm(self.residual.collapse(stream))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Softcapped logits (..., V) of hidden states (..., C), in fp32 or better."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of every position of token_ids (B, T)."""
+        return self.head(self.hidden(token_ids, document_ids))
+
+    def next_logits(self, token_ids: Tensor, state: DecodeState) -> Tensor:
+        """Logits (B, V) after the last of token_ids (B, T), which extend the rows of `state`."""
+        return self.head(self.hidden(token_ids, state=state)[:, -1])
+
+    def token_losses(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of every target (B, T); 0 where the target is ignored. inputs: (B, T)."""
+        logits = self(inputs, document_ids).flatten(0, 1)  # (B * T, V)
+        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(targets)
+
+    def loss(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Summed nats of all targets, a scalar. Dividing by their number is the training step's job."""
+        return self.token_losses(inputs, targets, document_ids).sum()
+
+    def _context(self, token_ids: Tensor, document_ids: Tensor | None, state: DecodeState | None) -> LayerContext:
+        documents = document_ids if self.config.doc_mask and state is None else None
+        steps = torch.arange(token_ids.size(1), device=token_ids.device)[None]  # (1, T)
+        if state is not None:
+            positions = state.positions[:, None] + steps
+        elif documents is not None:
+            positions = positions_in_documents(documents)
+        else:
+            positions = steps
+        return LayerContext(token_ids, positions, documents, self.config.windows)
+
+    # State and weights ---------------------------------------------------------------------------------------------
+
+    def new_state(self, batch: int, max_len: int) -> DecodeState:
+        """An empty decode state for `batch` rows of at most `max_len` positions."""
+        device = self.wte.weight.device
+        layers = [block.mixer.new_state(batch, max_len, device, self.dtype) for block in self._blocks()]
+        return DecodeState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter (pretraining spec 4.3). The same seed and device give the same weights."""
+        rng = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
+        nn.init.normal_(self.wte.weight, std=0.8, generator=rng)
+        if not self.config.tied_head:
+            nn.init.normal_(self.lm_head.weight, std=0.001, generator=rng)
+        if self.smear is not None:
+            self.smear.init_weights(rng)
+        self.residual.init_weights()
+        for block in self._blocks():
+            block.init_weights(rng)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    # Counts --------------------------------------------------------------------------------------------------------
+
+    def parameter_roles(self) -> dict[str, str]:
+        """Role of every parameter by its name; each parameter has exactly one."""
+        roles: dict[str, str] = {}
+        for path, module in self.named_modules():
+            if isinstance(module, Role):
+                roles |= {f"{path}.{name}".lstrip("."): role for name, role in module.roles.items()}
+        names = {name for name, _ in self.named_parameters()}
+        assert roles.keys() == names, f"parameters and roles differ: {sorted(roles.keys() ^ names)}"
+        return roles
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by role, counted on the built model."""
+        counts: Counter[str] = Counter()
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        for name, role in self.parameter_roles().items():
+            counts[role] += sizes[name]
+        return dict(counts)
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, see `flops_per_token`."""
+        return flops_per_token(self.config)
+
+
+def check_tables(config: ModelConfig) -> None:
+    """Raise UserError where the configuration names something that no table has."""
+    unknown = "".join(sorted(set(config.layer_letters) - set(MIXERS)))
+    if unknown:
+        known = ", ".join(MIXERS)
+        raise UserError(f"layer pattern {config.layer_pattern!r} has unknown letters {unknown!r}: known are {known}")
+    for value, table, name in (
+        (config.residual, RESIDUALS, "residual scheme"),
+        (config.mlp_activation, ACTIVATIONS, "activation"),
+    ):
+        if value not in table:
+            raise UserError(f"unknown {name} {value!r}: known are {', '.join(table)}")
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Position of each token within its run of equal ids. document_ids: (B, T). Returns (B, T) int64."""
+    steps = torch.arange(document_ids.size(1), device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
+
+
+def predict_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by role, from the configuration alone. Equals `GPT(config).parameter_counts()`."""
+    counts = Counter({"wte": config.padded_vocab_size * config.n_embd})
+    if not config.tied_head:
+        counts["lm_head"] = counts["wte"]
+    if config.smear:
+        counts["smear"] += min(SMEAR_CHANNELS, config.n_embd) + 1
+    counts.update(RESIDUALS[config.residual].cost(config))
+    for layer, letter in enumerate(config.layer_letters):
+        counts.update(MIXERS[letter].cost(config, layer).params)
+        counts["matrix"] += 8 * config.n_embd**2  # the MLP
+    return {role: count for role, count in counts.items() if count}
+
+
+def scaling_parameters(config: ModelConfig) -> int:
+    """N of the scaling laws: block matrices plus head (pretraining spec 4.5)."""
+    counts = predict_parameters(config)
+    return counts["matrix"] + counts["wte" if config.tied_head else "lm_head"]
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Training FLOPs per token: 6 per weight of every linear layer, plus what the mixers add (pretraining spec 4.5)."""
+    linear = scaling_parameters(config) + (min(SMEAR_CHANNELS, config.n_embd) if config.smear else 0)
+    mixing = sum(MIXERS[letter].cost(config, layer).mixing_flops for layer, letter in enumerate(config.layer_letters))
+    return 6 * linear + mixing
+
+
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A model on `device` whose weights hold whatever the memory held; never more than one copy of it exists."""
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    model.to_empty(device=device)
+    model.tie()  # to_empty gives every module a tensor of its own
+    return model
+
+
+def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 42) -> GPT:
+    """A model with fresh weights on `device`."""
+    model = empty_model(config, device, dtype)
+    model.init_weights(seed)
+    return model

@@ -1,0 +1,86 @@
+"""`Mixer`: the slot for a layer that mixes information along the sequence, and what it may read.
+
+Attention is the first mixer. Others (a state-space layer, sparse attention) are new files with a class of their own
+and one letter in `nanochat.model.gpt.MIXERS`; nothing else in the model knows which kind sits in a block.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nanochat.config import ModelConfig
+from nanochat.kernels.flash_attention import Visibility
+from nanochat.model.state import LayerState
+
+
+@dataclass
+class LayerContext:
+    """What any layer may read besides its input; built once per forward.
+
+    token_ids: (B, T). positions: (B or 1, T), restarting at each document under document masks.
+    document_ids: (B, T) when document masks are on, else None. windows: per layer, see `ModelConfig.windows`.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    document_ids: Tensor | None
+    windows: tuple[int, ...]
+    _visibility: dict[int, Visibility] = field(default_factory=dict, repr=False)
+    _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def visibility(self, layer: int) -> Visibility:
+        """Who sees whom among the tokens of this forward (no cache), shared by layers of one window."""
+        window = self.windows[layer]
+        if window not in self._visibility:
+            is_full_causal = self.document_ids is None and window >= self.token_ids.size(1) - 1
+            self._visibility[window] = Visibility(
+                self.positions, self.positions, window, self.document_ids, is_full_causal
+            )
+        return self._visibility[window]
+
+    def rotary(self, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of each position's angles, (B or 1, T, 1, D / 2), computed in fp32 or better."""
+        if (head_dim, base) not in self._rotary:
+            exact = torch.promote_types(dtype, torch.float32)
+            exponents = torch.arange(0, head_dim, 2, device=self.positions.device, dtype=exact) / head_dim
+            angles = self.positions.to(exact)[:, :, None, None] * base**-exponents
+            self._rotary[head_dim, base] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._rotary[head_dim, base]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs by its configuration alone.
+
+    params: parameters by role. mixing_flops: training FLOPs per token beyond 6 per matrix weight (scores, scans).
+    """
+
+    params: dict[str, int]
+    mixing_flops: int
+
+
+class Mixer(nn.Module, ABC):
+    """A sequence layer: (B, T, C) to (B, T, C), causal, with a state for decoding."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: LayerContext, state: LayerState | None) -> Tensor:
+        """x: (B, T, C) normalised input. With a state, x continues the rows it remembers, and the state is extended."""
+
+    @abstractmethod
+    def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> LayerState:
+        """An empty state with room for `max_len` positions."""
+
+    @abstractmethod
+    def init_weights(self, rng: Generator) -> None:
+        """Fill every parameter of this layer."""
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, config: ModelConfig, layer: int) -> LayerCost:
+        """Parameters and FLOPs of this layer, predicted without building it."""
+
+    @abstractmethod
+    def tp_plan(self) -> dict[str, str]:
+        """How each projection is cut over tensor-parallel ranks: submodule name -> colwise, rowwise or replicate."""

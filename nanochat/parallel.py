@@ -1,0 +1,158 @@
+"""Where a process runs: device, compute dtype, ranks and mesh, and the sums over ranks.
+
+    with runtime(args.device_type) as rt:
+        model = build_model(config, rt.device, rt.dtype)
+
+A plain process is rank 0 of 1. Under torchrun the ranks form a process group, nccl on GPUs and gloo elsewhere, so that
+W ranks never train W different models by mistake.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanochat.common import UserError, launch_ranks, peak_flops, requested_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,  # for tests: exact enough to compare two orders of summation
+}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks as a grid: `dp` splits the batch, `tp` splits the weights."""
+
+    dp: int = 1
+    tp: int = 1
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The process's place among its peers, fixed for its life."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    mesh: Mesh = Mesh()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s of one device, or None where unknown."""
+        return peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+
+    @property
+    def orthogonalize_dtype(self) -> torch.dtype | None:
+        """What Muon's iterations compute in: bfloat16 where the model does, else the parameter's own dtype."""
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else None
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}{ranks}"
+
+    def compile(self, function: Function, mode: str = "auto") -> Function:
+        """`function` through torch.compile. mode: on, off, or auto: on GPUs, where it always pays.
+
+        On a CPU compilation takes a minute and needs a C++ compiler; without one this is a UserError.
+        """
+        if mode == "off" or (mode == "auto" and self.device.type == "cpu"):
+            return function
+        if self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+            raise UserError("--compile=on: needs a C++ compiler (g++ or clang++) on a CPU; install one or leave it off")
+        return torch.compile(function, dynamic=False)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_number(self, value: float) -> float:
+        """The sum of a Python number over ranks."""
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.sum(torch.tensor(float(value), dtype=exact, device=self.device)).item()
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up every parameter's gradient over ranks, in place."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was asked, so that clocks tell the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+@contextmanager
+def runtime(device_type: str = "") -> Iterator[Runtime]:
+    """Set the process up, and take the process group down again at the end.
+
+    device_type: cuda, mps, xpu or cpu; empty picks the best there is. The compute dtype is `$NANOCHAT_DTYPE`, else
+    bfloat16 on GPUs that have it in hardware, else float32. Raises UserError for what this machine does not have.
+    """
+    rank, world_size, local_rank = launch_ranks()
+    device = find_device(device_type, local_rank)
+    dtype = choose_dtype(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def find_device(device_type: str, local_rank: int) -> torch.device:
+    """The device asked for, or the best one present."""
+    present = [kind for kind in ("cuda", "xpu", "mps") if is_present(kind)] + ["cpu"]
+    kind = device_type or present[0]
+    if kind not in present:
+        raise UserError(f"--device-type={kind}: not present here; this machine has {', '.join(present)}")
+    return torch.device(kind, local_rank) if kind in ("cuda", "xpu") else torch.device(kind)
+
+
+def is_present(kind: str) -> bool:
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return bool(getattr(torch, kind).is_available())
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """Compute dtype: the environment's wish, else what the device is fast at."""
+    wish = requested_dtype()
+    if wish is not None:
+        if wish not in DTYPES:
+            raise UserError(f"NANOCHAT_DTYPE={wish}: choose one of {', '.join(DTYPES)}")
+        return DTYPES[wish]
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if has_bf16 else torch.float32

@@ -1,0 +1,1 @@
+"""Training: the loop, one optimizer step, and the records they leave."""

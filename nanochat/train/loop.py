@@ -1,0 +1,163 @@
+"""The training loop as an iterator: it counts, times and records; what happens in a step stays in the recipe.
+
+    for step in Loop(...):
+        if step.due(args.eval_every, at_start=True):
+            with step.paused():
+                step.log(val_bpb=...)
+        if step.last:
+            break
+        step.log(loss=train_step(...))
+
+Steps are numbered from 0; the step with index == total comes after the last update, so evaluation and saving stand
+once, at the top. Paused time is not training time. With a time budget the total is re-estimated from the pace so far.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanochat.parallel import Runtime
+from nanochat.train.metrics import Logger, Record
+
+SMOOTHING = 0.9  # of the reported loss
+
+
+@dataclass
+class Progress:
+    """What a resumed loop must know; saved with every checkpoint."""
+
+    train_s: float = 0.0
+    elapsed_s: float = 0.0
+    tokens: int = 0
+    smooth_loss: float = 0.0
+    smooth_weight: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def add_loss(self, loss: float) -> float:
+        """The debiased moving average after one more loss."""
+        self.smooth_loss = SMOOTHING * self.smooth_loss + (1 - SMOOTHING) * loss
+        self.smooth_weight = SMOOTHING * self.smooth_weight + (1 - SMOOTHING)
+        return self.smooth_loss / self.smooth_weight
+
+
+class Step:
+    """One turn of the loop."""
+
+    def __init__(self, index: int, total: int, progress: Progress, rt: Runtime) -> None:
+        self.index, self.total, self.progress = index, total, progress
+        self.last = index >= total
+        self.record: Record = {}
+        self.paused_s = 0.0
+        self._rt = rt
+
+    def due(self, every: int, at_start: bool = False) -> bool:
+        """Every `every` steps and at the end; at step 0 only if asked for. -1: never."""
+        if every < 1:
+            return False
+        return self.last or (self.index % every == 0 and (self.index > 0 or at_start))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is not training time."""
+        self._rt.synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.paused_s += time.perf_counter() - start
+
+    def log(self, **values: Any) -> None:
+        """Add values to this step's record. A `loss` of None is recorded as a skipped step."""
+        if "loss" in values:
+            loss = values.pop("loss")
+            values |= (
+                {"skipped": "no targets"} if loss is None else {"loss_raw": loss, "loss": self.progress.add_loss(loss)}
+            )
+        self.record |= values
+
+
+class Loop:
+    """Iterates over steps start..total. tokens_per_step and flops_per_token count what one update costs on all ranks.
+
+    time_budget_s: stop when this much training time is used up, instead of after num_steps.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        start: int,
+        rt: Runtime,
+        loggers: Iterable[Logger] = (),
+        progress: Progress | None = None,
+        tokens_per_step: int = 0,
+        flops_per_token: int = 0,
+        time_budget_s: float | None = None,
+    ) -> None:
+        self.num_steps, self.start, self.rt = num_steps, start, rt
+        self.progress = progress or Progress()
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.time_budget_s = time_budget_s
+        self.loggers = list(loggers)
+        self._durations: deque[float] = deque(maxlen=20)
+
+    def __iter__(self) -> Iterator[Step]:
+        index = self.start
+        try:
+            while True:
+                began = time.perf_counter()
+                step = Step(index, self._total(index), self.progress, self.rt)
+                try:
+                    yield step
+                except GeneratorExit:  # the recipe broke out, as it does at the last step
+                    if step.last:
+                        self._finish(step, began)
+                    raise
+                self._finish(step, began)
+                if step.last:
+                    return
+                index += 1
+        finally:
+            for logger in self.loggers:
+                logger.close()
+
+    def _total(self, index: int) -> int:
+        """Steps in all; under a time budget what the pace so far allows, the same on every rank."""
+        if self.time_budget_s is None:
+            return self.num_steps
+        if not self._durations:
+            return max(index + 1, self.num_steps)
+        left_s = self.rt.sum_number(self.time_budget_s - self.progress.train_s) / self.rt.world_size
+        pace_s = self.rt.sum_number(statistics.median(self._durations)) / self.rt.world_size
+        return index + max(0, round(left_s / pace_s))
+
+    def _finish(self, step: Step, began: float) -> None:
+        self.rt.synchronize()
+        elapsed_s = time.perf_counter() - began
+        train_s = elapsed_s - step.paused_s
+        progress = self.progress
+        progress.elapsed_s += elapsed_s
+        if not step.last:
+            progress.train_s += train_s
+            progress.tokens += self.tokens_per_step
+            self._durations.append(train_s)
+        step.record = {"step": step.index, "num_steps": step.total, **step.record, **self._speed(step, train_s)}
+        for logger in self.loggers:
+            logger.log(step.record)
+
+    def _speed(self, step: Step, train_s: float) -> Record:
+        progress = self.progress
+        speed: Record = {"tokens": progress.tokens, "train_s": progress.train_s, "elapsed_s": progress.elapsed_s}
+        if step.last:
+            return speed
+        tokens_per_s = self.tokens_per_step / train_s
+        speed |= {"step_s": train_s, "tokens_per_s": tokens_per_s, "flops": progress.tokens * self.flops_per_token}
+        if self.rt.peak_flops:
+            speed["mfu"] = tokens_per_s * self.flops_per_token / (self.rt.peak_flops * self.rt.world_size)
+        speed["eta_s"] = (step.total - step.index - 1) * statistics.median(self._durations)
+        return speed

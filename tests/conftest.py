@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests. Tests run on one thread each: two spinning threads on a shared core are far slower."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before torch is imported anywhere
+os.environ["RAYON_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real text, conversations and evaluation items: $NANOCHAT_TEST_DATA, else ../shared/data."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("NANOCHAT_TEST_DATA", default))
+    if not (path / "pretrain").is_dir():
+        pytest.skip(f"no real data at {path}: set NANOCHAT_TEST_DATA to a folder that has pretrain/ and sft/")
+    return path
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty base folder for runs, as $NANOCHAT_BASE_DIR."""
+    path = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
+    return path
+
+
+@pytest.fixture
+def recurrent(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Adds the tests' recurrent mixer to the table of mixers; returns its letter."""
+    from recurrent import TinyRecurrent
+
+    from nanochat.model.gpt import MIXERS
+
+    monkeypatch.setitem(MIXERS, "R", TinyRecurrent)
+    return "R"

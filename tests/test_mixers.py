@@ -1,0 +1,173 @@
+"""What every mixer must keep, whatever it is: exact decoding, independent rows and forks, causality, documents."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanochat.common import UserError
+from nanochat.config import ModelConfig
+from nanochat.model.gpt import GPT, build_model, flops_per_token, predict_parameters
+from nanochat.model.mixer import Mixer
+
+pytestmark = pytest.mark.usefixtures("recurrent")
+PATTERNS = ["A", "R", "AR"]
+EXACT = 1e-4  # on fp32 logits
+
+
+def small_config(pattern: str, **changes: object) -> ModelConfig:
+    """Four layers, windows of 128 of 200 positions, so that windows matter."""
+    shape = {"sequence_len": 200, "vocab_size": 97, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    return ModelConfig(layer_pattern=pattern, **{**shape, **changes})  # type: ignore[arg-type]
+
+
+def noisy_model(config: ModelConfig) -> GPT:
+    """Fresh weights plus noise: at initialisation the output projections are zero and would hide every mistake."""
+    model = build_model(config, torch.device("cpu"), torch.float32)
+    rng = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return model
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def decode_logits(model: GPT, ids: Tensor, borders: list[int]) -> Tensor:
+    """Logits (B, T, V) of `ids` fed through a decode state in chunks that end at `borders`."""
+    state = model.new_state(ids.size(0), ids.size(1))
+    chunks = zip([0, *borders], [*borders, ids.size(1)])
+    return torch.cat([model.head(model.hidden(ids[:, start:end], state=state)) for start, end in chunks], dim=1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_decoding_token_by_token_equals_the_full_forward(pattern: str) -> None:
+    model, ids = noisy_model(small_config(pattern)), random_ids(2, 180)
+    with torch.no_grad():
+        torch.testing.assert_close(decode_logits(model, ids, list(range(1, 180))), model(ids), atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("borders", [[1], [150], [64, 128, 129], [7, 100, 101, 170]])
+def test_chunked_prefill_equals_whole_prefill(pattern: str, borders: list[int]) -> None:
+    model, ids = noisy_model(small_config(pattern)), random_ids(2, 180)
+    torch.testing.assert_close(decode_logits(model, ids, borders), decode_logits(model, ids, []), atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_forks_are_independent_of_each_other_and_of_their_origin(pattern: str) -> None:
+    model, prompt = noisy_model(small_config(pattern)), random_ids(1, 40)
+    state = model.new_state(1, 60)
+    model.next_logits(prompt, state)
+    forks, continuations = state.fork(3), random_ids(3, 10, seed=1)
+    forked = [model.next_logits(continuations[:, t : t + 1], forks) for t in range(10)]
+    alone = [model.next_logits(continuations[:1, t : t + 1], state) for t in range(10)]  # the origin, afterwards
+    whole = model(torch.cat([prompt.expand(3, -1), continuations], dim=1))[:, 40:]
+    torch.testing.assert_close(torch.stack(forked, 1), whole, atol=EXACT, rtol=0)
+    torch.testing.assert_close(torch.stack(alone, 1), whole[:1], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_rows_that_leave_the_batch_do_not_disturb_the_rest(pattern: str) -> None:
+    model, ids = noisy_model(small_config(pattern)), random_ids(3, 30)
+    state = model.new_state(3, 30)
+    model.next_logits(ids[:, :20], state)
+    rest = model.next_logits(ids[[2, 0], 20:], state.select(torch.tensor([2, 0])))
+    torch.testing.assert_close(rest, model(ids[[2, 0]])[:, -1], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_a_row_has_the_same_logits_alone_and_in_a_batch(pattern: str) -> None:
+    model, ids = noisy_model(small_config(pattern)), random_ids(5, 150)
+    together = model(ids)
+    for row in range(5):
+        torch.testing.assert_close(model(ids[row : row + 1])[0], together[row], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_a_token_changes_no_logits_before_it_and_some_at_it(pattern: str, doc_mask: bool) -> None:
+    model, ids = noisy_model(small_config(pattern, doc_mask=doc_mask)), random_ids(1, 150)
+    documents = (torch.arange(150) // 60)[None]
+    before = model(ids, documents)
+    changed = ids.clone()
+    changed[0, 100] = (changed[0, 100] + 1) % 97
+    after = model(changed, documents)
+    torch.testing.assert_close(after[:, :100], before[:, :100], atol=EXACT, rtol=0)
+    assert (after[:, 100:] - before[:, 100:]).abs().amax() > 0.01
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_with_document_masks_a_document_reads_the_same_alone_and_packed(pattern: str) -> None:
+    model = noisy_model(small_config(pattern, doc_mask=True))
+    pieces = [random_ids(1, length, seed=length) for length in (70, 1, 90, 30)]
+    documents = torch.cat([torch.full((1, piece.size(1)), i) for i, piece in enumerate(pieces)], dim=1)
+    packed = model(torch.cat(pieces, dim=1), documents).split([piece.size(1) for piece in pieces], dim=1)
+    for piece, logits in zip(pieces, packed):
+        torch.testing.assert_close(logits, model(piece, torch.zeros_like(piece)), atol=EXACT, rtol=0)
+
+
+@torch.no_grad()
+def test_without_document_masks_a_document_reads_its_predecessor() -> None:
+    model, ids = noisy_model(small_config("A")), random_ids(1, 100)
+    documents = (torch.arange(100) // 50)[None]
+    alone = model(ids[:, 50:], documents[:, 50:])
+    assert (model(ids, documents)[:, 50:] - alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"value_embeddings": False, "smear": False},
+        {"residual": "plain", "tied_head": True},
+        {"backout": False, "n_kv_head": 1},
+        {"n_layer": 1, "vocab_size": 64},
+    ],
+)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_predicted_parameter_counts_equal_built_ones(pattern: str, changes: dict[str, object]) -> None:
+    config = small_config(pattern, **changes)
+    model = noisy_model(config)
+    assert predict_parameters(config) == model.parameter_counts()
+    assert sum(predict_parameters(config).values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_flops_are_six_per_matrix_weight_plus_the_mixing(pattern: str) -> None:
+    model = noisy_model(small_config(pattern))
+    linear = sum(m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear")
+    mixing = {"A": lambda window: 12 * 32 * window, "R": lambda window: 6 * 32}
+    expected = sum(mixing[letter](window) for letter, window in zip((pattern * 4)[:4], (128, 128, 128, 200)))
+    assert flops_per_token(model.config) == 6 * linear + expected
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_tensor_parallel_plan_names_every_projection_once(pattern: str) -> None:
+    for block in noisy_model(small_config(pattern)).blocks:
+        mixer = block.mixer
+        assert isinstance(mixer, Mixer)
+        assert mixer.tp_plan().keys() == dict(mixer.named_children()).keys()
+        assert set(mixer.tp_plan().values()) <= {"colwise", "rowwise", "replicate"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"layer_pattern": "AX"}, "A, R"),
+        ({"residual": "x"}, "plain, lambdas"),
+        ({"mlp_activation": "x"}, "relu2, gelu"),
+    ],
+)
+def test_unknown_letters_schemes_and_activations_name_the_known_ones(changes: dict[str, str], known: str) -> None:
+    with pytest.raises(UserError, match=known):
+        GPT(replace(small_config("A"), **changes))

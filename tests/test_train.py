@@ -1,0 +1,195 @@
+"""The training step and the loop around it."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanochat.config import ModelConfig
+from nanochat.loader import Batch
+from nanochat.model.gpt import GPT, build_model
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Runtime
+from nanochat.scaling import BaseRates, TrainingPlan
+from nanochat.train.loop import Loop, Progress
+from nanochat.train.metrics import JsonlLogger, open_loggers
+from nanochat.train.step import train_step
+
+RT = Runtime(torch.device("cpu"), torch.float32)
+PLAN = TrainingPlan(50, 8 * 32, 0.1, 1.0, 0.1)
+
+
+class RecordingOptimizer(MuonAdamW):
+    """Keeps the gradients that each step was given."""
+
+    gradients: dict[str, Tensor]
+
+    def step(self, lr: float, momentum: float, weight_decay: float) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+        super().step(lr, momentum, weight_decay)
+
+
+def tiny_training(pattern: str = "A", dtype: torch.dtype = torch.float32) -> tuple[GPT, RecordingOptimizer]:
+    config = ModelConfig(32, 97, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, layer_pattern=pattern)
+    model = build_model(config, torch.device("cpu"), dtype)
+    return model, RecordingOptimizer(dict(model.named_parameters()), model.parameter_roles(), BaseRates().by_role())
+
+
+def batches(rows: int, ignored: float = 0.3, num: int = 10**6) -> Iterator[Batch]:
+    """An endless stream of rows, the same whatever the rows per batch; a share of the targets is ignored."""
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(num):
+        ids, skip = [], []
+        for _ in range(rows):
+            ids.append(torch.randint(0, 97, (33,), generator=rng))
+            skip.append(torch.rand(32, generator=rng) < ignored)
+        tokens = torch.stack(ids)
+        targets = tokens[:, 1:].masked_fill(torch.stack(skip), -1)
+        yield Batch(tokens[:, :-1], targets, torch.zeros(rows, 32, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("pattern", ["A", "AR"])
+@pytest.mark.parametrize(("micro_batches", "rows"), [(2, 4), (8, 1)])
+def test_accumulated_gradients_equal_those_of_one_batch(
+    pattern: str, micro_batches: int, rows: int, recurrent: str
+) -> None:
+    model, whole = tiny_training(pattern)
+    train_step(model.loss, batches(8), whole, PLAN.at(0), RT, 1)
+    model, parts = tiny_training(pattern)
+    train_step(model.loss, batches(rows), parts, PLAN.at(0), RT, micro_batches)
+    assert whole.gradients.keys() == parts.gradients.keys() == whole.parameters.keys()
+    for name, gradient in whole.gradients.items():
+        assert (parts.gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("micro_batches", "rows"), [(2, 4), (8, 1)])
+def test_fifty_accumulated_steps_end_where_fifty_whole_ones_do(micro_batches: int, rows: int) -> None:
+    def train(micro_batches: int, rows: int) -> tuple[float, dict[str, Tensor]]:
+        model, optimizer = tiny_training(dtype=torch.float64)
+        stream = batches(rows)
+        losses = [train_step(model.loss, stream, optimizer, PLAN.at(i), RT, micro_batches) for i in range(50)]
+        assert losses[-1] is not None
+        return losses[-1], {name: p.detach() for name, p in model.named_parameters()}
+
+    (loss, weights), (other_loss, other_weights) = train(1, 8), train(micro_batches, rows)
+    assert other_loss == pytest.approx(loss, rel=1e-9)
+    for name, weight in weights.items():
+        assert (other_weights[name] - weight).norm() <= 1e-7 * weight.norm(), name
+
+
+def test_training_learns_a_sequence_by_heart() -> None:
+    model, optimizer = tiny_training()
+    batch = next(batches(4, ignored=0.0))
+    plan = TrainingPlan(60, 128, 0.3, 1.0, 0.0)
+    losses = [train_step(model.loss, iter([batch]), optimizer, plan.at(i), RT) for i in range(60)]
+    assert losses[0] == pytest.approx(math.log(97), abs=0.05)
+    assert losses[-1] is not None and losses[-1] < 1.0
+
+
+def test_masked_targets_give_no_gradient() -> None:
+    model, optimizer = tiny_training()
+    inputs = torch.arange(32)[None]  # token i at position i
+    targets = torch.full((1, 32), -1)
+    targets[0, :20] = torch.arange(1, 21)
+    train_step(model.loss, iter([Batch(inputs, targets, torch.zeros(1, 32))]), optimizer, PLAN.at(0), RT)
+    rows = optimizer.gradients["wte.weight"].abs().sum(dim=1)
+    head = optimizer.gradients["lm_head.weight"]
+    assert (rows[:20] > 0).any() and (rows[20:] == 0).all()
+    model, other = tiny_training()
+    short = Batch(inputs[:, :20], targets[:, :20], torch.zeros(1, 20))
+    train_step(model.loss, iter([short]), other, PLAN.at(0), RT)
+    torch.testing.assert_close(other.gradients["lm_head.weight"], head)
+
+
+def test_a_step_without_any_target_is_skipped_and_changes_nothing() -> None:
+    model, optimizer = tiny_training()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert train_step(model.loss, batches(4, ignored=1.1), optimizer, PLAN.at(0), RT, 2) is None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_micro_batch_without_targets_does_not_spoil_its_step() -> None:
+    full, empty = next(batches(4)), next(batches(4, ignored=1.1))
+    model, alone = tiny_training()
+    loss = train_step(model.loss, iter([full]), alone, PLAN.at(0), RT, 1)
+    model, mixed = tiny_training()
+    assert train_step(model.loss, iter([full, empty]), mixed, PLAN.at(0), RT, 2) == pytest.approx(loss)
+    for name, gradient in alone.gradients.items():
+        torch.testing.assert_close(mixed.gradients[name], gradient)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_updated() -> None:
+    model, optimizer = tiny_training()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    before = model.wte.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="nan"):
+        train_step(model.loss, batches(4), optimizer, PLAN.at(0), RT)
+    assert torch.equal(model.wte.weight, before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# The loop ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loop_comes_by_once_more_after_the_last_update() -> None:
+    steps = [(step.index, step.last, step.due(3), step.due(3, at_start=True)) for step in Loop(4, 0, RT)]
+    assert steps == [
+        (0, False, False, True),
+        (1, False, False, False),
+        (2, False, False, False),
+        (3, False, True, True),
+        (4, True, True, True),
+    ]
+
+
+def test_a_cadence_of_minus_one_is_never_due() -> None:
+    assert not any(step.due(-1, at_start=True) for step in Loop(3, 0, RT))
+
+
+def test_every_step_leaves_a_record_also_the_last_one_that_the_recipe_breaks_out_of(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in Loop(3, 0, RT, open_loggers("none", path, 0, RT), tokens_per_step=100, flops_per_token=7):
+        if step.last:
+            step.log(val_bpb=1.5)
+            break
+        step.log(loss=3.0 - step.index)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert [record.get("loss_raw") for record in records] == [3.0, 2.0, 1.0, None]
+    assert records[0]["loss"] == pytest.approx(3.0) and 1.0 < records[2]["loss"] < 3.0
+    assert (records[3]["val_bpb"], records[3]["tokens"]) == (1.5, 300)
+    assert records[1]["flops"] == 1400
+
+
+def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for _ in Loop(5, 0, RT, [JsonlLogger(path, 0)]):
+        pass
+    path.write_text(path.read_text() + '{"step": 6, "cut sho')  # killed while writing
+    for _ in Loop(6, 3, RT, [JsonlLogger(path, 3)], Progress(tokens=3)):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_paused_time_is_not_training_time(tmp_path: Path) -> None:
+    progress = Progress()
+    for step in Loop(2, 0, RT, progress=progress):
+        with step.paused():
+            torch.randn(400, 400) @ torch.randn(400, 400)
+            spent = step.progress.elapsed_s
+    assert progress.train_s < progress.elapsed_s and spent >= 0
+
+
+def test_a_time_budget_ends_the_run_when_it_is_used_up() -> None:
+    progress, indices = Progress(), []
+    for step in Loop(10**9, 0, RT, progress=progress, time_budget_s=0.2):
+        indices.append(step.index)
+        assert step.total >= step.index
+        _ = torch.randn(300, 300) @ torch.randn(300, 300)
+    assert len(indices) > 5
+    assert progress.train_s == pytest.approx(0.2, rel=0.5)
