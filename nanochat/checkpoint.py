@@ -216,7 +216,10 @@ class Run:
                 "loader": {name: value for name, value in state.items() if name not in arrays},
                 "plan": dict(plan),
             }
-            tensors = {"model": dict(model.named_parameters()), "optimizer": optimizer.state_dict()}
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "model": dict(model.named_parameters()),
+                "optimizer": optimizer.state_dict(),
+            }
             write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
             for old in saved_steps(self.folder)[:-KEEP_LAST]:
                 shutil.rmtree(self.folder / f"step_{old:06d}")

@@ -5,8 +5,10 @@ This module never imports torch, so that `--help` stays instant. Environment var
 """
 
 import os
+import re
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -58,17 +60,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Readers see the old file or the new one, never a part. A failing disk raises UserError and leaves the old file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync_file(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror}); free some space or choose another folder "
-                        "with NANOCHAT_BASE_DIR") from error
+        raise UserError(
+            f"{path}: could not be written ({error.strerror or error}); free some space or choose another folder "
+            "with NANOCHAT_BASE_DIR"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be entered holds no temporary file either
+            temporary.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:
@@ -80,7 +85,8 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-# Dense bf16 peak, FLOP/s. The first entry whose words all occur in the device name wins, so special cases come first.
+# Dense bf16 peak, FLOP/s. The first entry whose words are all among the words of the device name wins, so special cases
+# come first. Whole words only: an L40 is no L4, and an RTX A4000 no A40.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("gb200", 2.5e15),
     ("grace blackwell", 2.5e15),
@@ -89,6 +95,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("h200 nvl", 836e12),
     ("h200 pcie", 836e12),
     ("h200", 989e12),
+    ("gh200", 989e12),
     ("h100 nvl", 835e12),
     ("h100 pcie", 756e12),
     ("h100", 989e12),
@@ -99,9 +106,10 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("a40", 149.7e12),
     ("a30", 165e12),
     ("l40s", 362e12),
+    ("l40", 181e12),
     ("l4", 121e12),
-    ("mi355", 2.5e15),
-    ("mi325", 1.3074e15),
+    ("mi355x", 2.5e15),
+    ("mi325x", 1.3074e15),
     ("mi300a", 980.6e12),
     ("mi300x", 1.3074e15),
     ("mi250x", 383e12),
@@ -114,5 +122,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name (vendors' data sheets), or None where unknown: no MFU is reported."""
-    name = device_name.lower()
-    return next((peak for words, peak in PEAK_FLOPS if all(word in name for word in words.split())), None)
+    given = set(re.findall("[a-z0-9]+", device_name.lower()))
+    if "laptop" in given:  # same name as the desktop's card, about half its speed
+        return None
+    return next((peak for words, peak in PEAK_FLOPS if given.issuperset(words.split())), None)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ class Runtime:
             return function
         if self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError("--compile=on: needs a C++ compiler (g++ or clang++) on a CPU; install one or leave it off")
-        return torch.compile(function, dynamic=False)
+        return cast(Function, torch.compile(function, dynamic=False))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over ranks, in place."""

@@ -33,8 +33,16 @@ class RecordingOptimizer(MuonAdamW):
         super().step(lr, momentum, weight_decay)
 
 
+def add_noise(model: GPT) -> None:
+    """Leave the initial point, where many gradients are exactly zero and would make every comparison pass."""
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64).to(parameter.dtype))
+
+
 def tiny_training(pattern: str = "A", dtype: torch.dtype = torch.float32) -> tuple[GPT, RecordingOptimizer]:
-    config = ModelConfig(32, 97, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, layer_pattern=pattern)
+    config = ModelConfig(32, 97, n_layer=3, n_head=2, n_kv_head=2, n_embd=16, layer_pattern=pattern)
     model = build_model(config, torch.device("cpu"), dtype)
     return model, RecordingOptimizer(dict(model.named_parameters()), model.parameter_roles(), BaseRates().by_role())
 
@@ -58,18 +66,24 @@ def test_accumulated_gradients_equal_those_of_one_batch(
     pattern: str, micro_batches: int, rows: int, recurrent: str
 ) -> None:
     model, whole = tiny_training(pattern)
+    add_noise(model)
     train_step(model.loss, batches(8), whole, PLAN.at(0), RT, 1)
     model, parts = tiny_training(pattern)
+    add_noise(model)
     train_step(model.loss, batches(rows), parts, PLAN.at(0), RT, micro_batches)
     assert whole.gradients.keys() == parts.gradients.keys() == whole.parameters.keys()
     for name, gradient in whole.gradients.items():
-        assert (parts.gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        assert gradient.norm() > 0
+        assert (parts.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name  # scalars are sums that cancel
+    flat, other = (torch.cat([g.flatten() for g in o.gradients.values()]) for o in (whole, parts))
+    assert (other - flat).norm() <= 1e-6 * flat.norm()
 
 
 @pytest.mark.parametrize(("micro_batches", "rows"), [(2, 4), (8, 1)])
 def test_fifty_accumulated_steps_end_where_fifty_whole_ones_do(micro_batches: int, rows: int) -> None:
     def train(micro_batches: int, rows: int) -> tuple[float, dict[str, Tensor]]:
         model, optimizer = tiny_training(dtype=torch.float64)
+        add_noise(model)
         stream = batches(rows)
         losses = [train_step(model.loss, stream, optimizer, PLAN.at(i), RT, micro_batches) for i in range(50)]
         assert losses[-1] is not None
@@ -84,10 +98,10 @@ def test_fifty_accumulated_steps_end_where_fifty_whole_ones_do(micro_batches: in
 def test_training_learns_a_sequence_by_heart() -> None:
     model, optimizer = tiny_training()
     batch = next(batches(4, ignored=0.0))
-    plan = TrainingPlan(60, 128, 0.3, 1.0, 0.0)
-    losses = [train_step(model.loss, iter([batch]), optimizer, plan.at(i), RT) for i in range(60)]
+    plan = TrainingPlan(120, 128, 1.0, 1.0, 0.0)
+    losses = [train_step(model.loss, iter([batch]), optimizer, plan.at(i), RT) for i in range(120)]
     assert losses[0] == pytest.approx(math.log(97), abs=0.05)
-    assert losses[-1] is not None and losses[-1] < 1.0
+    assert losses[-1] is not None and losses[-1] < 0.3
 
 
 def test_masked_targets_give_no_gradient() -> None:

@@ -21,7 +21,7 @@ def evaluate_bpb(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, 
 
     token_bytes: (V,) raw bytes of each token, 0 for special tokens.
     """
-    lengths = torch.from_numpy(token_bytes).to(rt.device)
+    lengths = torch.tensor(token_bytes, device=rt.device)
     nats, num_bytes = 0.0, 0
     for batch in batches:
         batch = batch.to(rt.device)

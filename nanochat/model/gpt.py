@@ -32,7 +32,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.mixer = MIXERS[config.layer_letters[layer]](config, layer)  # type: ignore[call-arg]
+        self.mixer = MIXERS[config.layer_letters[layer]](config, layer)
         self.mlp = MLP(config.n_embd, config.mlp_activation)
 
     def forward(self, stream: object, residual: Residual, ctx: LayerContext, state: LayerState | None) -> object:
@@ -137,7 +137,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter (pretraining spec 4.3). The same seed and device give the same weights."""
         rng = torch.Generator(device=self.wte.weight.device).manual_seed(seed)
-        nn.init.normal_(self.wte.weight, std=0.8, generator=rng)
+        std = 0.02 if self.config.tied_head else 0.8  # tied: as a head it must start with small logits
+        nn.init.normal_(self.wte.weight, std=std, generator=rng)
         if not self.config.tied_head:
             nn.init.normal_(self.lm_head.weight, std=0.001, generator=rng)
         if self.smear is not None:
@@ -200,6 +201,7 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 
 def predict_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by role, from the configuration alone. Equals `GPT(config).parameter_counts()`."""
+    check_tables(config)
     counts = Counter({"wte": config.padded_vocab_size * config.n_embd})
     if not config.tied_head:
         counts["lm_head"] = counts["wte"]

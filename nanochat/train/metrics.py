@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[str]:
 class ConsoleLogger:
     """One line per step; at most one every `interval_s` seconds, but never hiding an evaluation."""
 
-    def __init__(self, interval_s: float = 1.0) -> None:
+    def __init__(self, interval_s: float = 2.0) -> None:
         self.interval_s = interval_s
         self._last_shown = -interval_s
 

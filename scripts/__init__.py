@@ -1,0 +1,1 @@
+"""Recipes: one file per stage, run as `python -m scripts.NAME`."""

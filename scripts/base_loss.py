@@ -1,0 +1,58 @@
+"""Bits per byte of a base model on the train and validation text.
+
+    python -m scripts.base_loss --data-dir=FOLDER
+    python -m scripts.base_loss --model-tag=d12 --step=2520 --split-tokens=1000000
+
+The tokens are the first of each split, every one scored once; the last line of the output is JSON.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+
+from nanochat import cli
+from nanochat.common import prepare_process, print0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_choice_flags(parser, default="base")
+    cli.add_data_flags(parser)
+    parser.flag("--device-batch-size", cli.positive_int, cli.DEVICE_BATCH_SIZE, "rows per forward pass")
+    parser.flag("--split-tokens", cli.positive_int, 40 * 2**19, "tokens of each split")
+    cli.add_device_flags(parser)
+    return parser.parse(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_process(args.offline)
+    from nanochat.checkpoint import find_checkpoint
+    from nanochat.dataset import open_corpus
+    from nanochat.evals.bpb import evaluate_bpb
+    from nanochat.loader import validation_batches
+    from nanochat.parallel import runtime
+
+    corpus = open_corpus(cli.data_folder(args))
+    checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
+    tokenizer = checkpoint.tokenizer()
+    with runtime(args.device_type) as rt:
+        model = checkpoint.build_model(rt.device, rt.dtype)
+        result: dict[str, object] = {"model": str(checkpoint.folder), "step": checkpoint.step}
+        for name, split in (("train", corpus.train), ("val", corpus.val)):
+            batches = validation_batches(
+                split,
+                tokenizer,
+                args.device_batch_size,
+                checkpoint.config.sequence_len,
+                args.split_tokens,
+                rt.rank,
+                rt.world_size,
+            )
+            result[f"{name}_bpb"] = bpb = evaluate_bpb(model, batches, tokenizer.token_bytes, rt)
+            print0(f"{name} bpb {bpb:.4f}")
+        print0(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

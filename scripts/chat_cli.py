@@ -1,0 +1,138 @@
+"""Talk to a model on the command line.
+
+    python -m scripts.chat_cli                          # a conversation; quit or Ctrl-D ends it, clear starts anew
+    python -m scripts.chat_cli -p "Why is the sky blue?"
+    python -m scripts.chat_cli --source=base -p "Once upon a time"     # a base model continues the text
+
+When a conversation outgrows the context, its oldest turns are forgotten first.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nanochat import cli
+from nanochat.common import prepare_process
+
+if TYPE_CHECKING:
+    from nanochat.chat import Message, Part
+    from nanochat.engine import Engine, Sampling
+    from nanochat.tokenizer import Tokenizer
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_model_choice_flags(parser, default="sft")
+    parser.flag("--prompt", str, "", "answer this once and leave", "-p")
+    parser.flag("--temperature", cli.number_between(0, 2), 0.6, "0 always takes the likeliest token", "-t")
+    parser.flag("--top-k", cli.non_negative_int, 50, "sample among the k likeliest tokens, 0 among all", "-k")
+    parser.flag("--max-tokens", cli.positive_int, 256, "longest answer in tokens", "-m")
+    cli.add_device_flags(parser)
+    return parser.parse(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_process(args.offline)
+    from nanochat.checkpoint import find_checkpoint
+    from nanochat.engine import Engine, Sampling
+    from nanochat.parallel import runtime
+
+    checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
+    tokenizer = checkpoint.tokenizer()
+    with runtime(args.device_type) as rt:
+        model = checkpoint.build_model(rt.device, rt.dtype)
+        engine = Engine(model, stop_ids=[tokenizer.bos, tokenizer.special("<|assistant_end|>")])
+        sampling = Sampling(args.temperature, args.top_k, args.seed)
+        if args.source == "base":
+            continue_text(engine, tokenizer, args, sampling)
+        elif args.prompt:
+            answer(engine, tokenizer, [{"role": "user", "content": args.prompt}], args.max_tokens, sampling)
+        else:
+            converse(engine, tokenizer, args, sampling)
+
+
+def converse(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling: "Sampling") -> None:
+    """Read, answer, remember, until the user leaves. Every answer draws from a seed of its own."""
+    from dataclasses import replace
+
+    print("quit ends the conversation, clear starts a new one")
+    messages: list[Message] = []
+    while True:
+        try:
+            text = input("\nyou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text in ("quit", "exit"):
+            return
+        if text == "clear":
+            messages.clear()
+        elif text:
+            messages.append({"role": "user", "content": text})
+            print("\nassistant: ", end="")
+            reply = answer(
+                engine, tokenizer, messages, args.max_tokens, replace(sampling, seed=sampling.seed + len(messages))
+            )
+            messages.append({"role": "assistant", "content": reply})
+
+
+def answer(
+    engine: "Engine", tokenizer: "Tokenizer", messages: "list[Message]", max_tokens: int, sampling: "Sampling"
+) -> "list[Part]":
+    """Print the assistant's answer as it comes, tool calls in brackets; return it as message parts."""
+    from nanochat.chat import ReplyReader, render_for_completion
+    from nanochat.tools import CalculatorHook
+
+    context = engine.model.config.sequence_len
+    room = max(context // 2, context - max_tokens)  # the answer gets at most half of a short context
+    prompt = render_for_completion(tokenizer, {"messages": messages}, room)
+    reply = ReplyReader(tokenizer)
+    show = PartPrinter()
+    for token in engine.generate(prompt, max_tokens, sampling, hooks=[CalculatorHook(tokenizer)]):
+        show(reply.push(token.token_id))
+    show(reply.flush())
+    show.end()
+    return reply.parts
+
+
+class PartPrinter:
+    """Prints message parts as they grow: text as it is, a tool call and its output as [37*24] [= 888]."""
+
+    def __init__(self) -> None:
+        self._kind = "text"
+        self._openings = {"text": "", "python": "[", "python_output": "[= "}
+
+    def __call__(self, parts: "list[Part]") -> None:
+        for part in parts:
+            if part["type"] != self._kind:
+                self._close()
+                self._kind = part["type"]
+                print(self._openings[self._kind], end="")
+            print(part["text"], end="", flush=True)
+
+    def end(self) -> None:
+        self._close()
+        print(flush=True)
+
+    def _close(self) -> None:
+        if self._kind != "text":
+            print("] ", end="")
+        self._kind = "text"
+
+
+def continue_text(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling: "Sampling") -> None:
+    """Print --prompt (or nothing) and what a base model writes after it; of a long prompt it reads the end."""
+    from nanochat.chat import TextStream
+
+    context = engine.model.config.sequence_len
+    ids = tokenizer.encode(args.prompt)[-(max(context // 2, context - args.max_tokens) - 1) :]
+    stream = TextStream(tokenizer)
+    print(args.prompt, end="")
+    for token in engine.generate([tokenizer.bos, *ids], args.max_tokens, sampling):
+        print(stream.push(token.token_id), end="", flush=True)
+    print(stream.flush(), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,110 @@
+"""Teach a base model to answer: supervised fine-tuning on conversations, the assistant's words as the only targets.
+
+    python -m scripts.chat_sft --data=conversations.jsonl
+    python -m scripts.chat_sft --data=FOLDER --model-tag=d12 --num-epochs=2
+
+Batch size and learning rates are the base run's unless given. One conversation in fifty is held out for validation.
+Writes checkpoints to <base>/checkpoints/sft/<model tag>/.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from nanochat import cli
+from nanochat.common import prepare_process, print0
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = cli.Parser(__doc__)
+    parser.flag("--data", str, None, "jsonl of conversations, or a folder of them; required")
+    parser.flag("--base-tag", str, "", "base model to start from; empty: the deepest, then the newest")
+    parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
+    parser.flag("--num-epochs", cli.positive_float, 1.0, "passes over the conversations")
+    cli.add_plan_flags(parser, eval_every=200, save_every=200)
+    cli.add_run_flags(parser)
+    parser.check(
+        lambda args: None if args.data else "--data: not given; name a jsonl file of conversations or a folder"
+    )
+    return parser.parse(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_process(args.offline)
+    from pathlib import Path
+
+    from nanochat.checkpoint import Run, find_checkpoint
+    from nanochat.evals.bpb import evaluate_bpb
+    from nanochat.loader import ConversationLoader
+    from nanochat.optim import MuonAdamW
+    from nanochat.parallel import runtime
+    from nanochat.scaling import BaseRates, check_batch, device_batch_rows, sft_plan
+    from nanochat.train.loop import Loop, Progress
+    from nanochat.train.metrics import open_loggers
+    from nanochat.train.step import train_step
+    from tasks.common import hold_out, load_conversations
+
+    train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
+    base = find_checkpoint("base", args.base_tag, args.base_step)
+    config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
+    with runtime(args.device_type) as rt:
+        batch_tokens = args.total_batch_size or inherited["total_batch_tokens"]
+        rows_per_step = max(1, batch_tokens // (config.sequence_len * rt.world_size))
+        rows = args.device_batch_size or device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
+        check_batch(batch_tokens, rows * config.sequence_len * rt.world_size)
+        loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
+        val_loader = ConversationLoader(val_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size)
+        num_steps = args.num_iterations or max(
+            1, round(args.num_epochs * loader.num_rows / (rows_per_step * rt.world_size))
+        )
+        plan = sft_plan(num_steps, batch_tokens, config.n_embd)
+
+        run = Run.open("sft", args.model_tag or base.folder.parent.name, args, rt)
+        if run.is_finished:
+            print0(f"{run.folder}: finished at step {run.start}, nothing to do")
+            return
+        model = base.build_model(rt.device, rt.dtype)
+        base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
+        rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
+        optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
+        progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
+        loss_fn = rt.compile(model.loss, args.compile)
+        cli.report(
+            {
+                "base model": (str(base.folder), bool(args.base_tag)),
+                "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
+                "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
+                "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
+                "steps": (f"{num_steps:,}", args.num_iterations is not None),
+                "device": (rt.describe(), bool(args.device_type)),
+            }
+        )
+
+        inheritance = {"total_batch_tokens": batch_tokens, "base_rates": vars(base_rates)}
+        loop = Loop(
+            num_steps=num_steps,
+            start=run.start,
+            rt=rt,
+            loggers=open_loggers(args.logger, run.metrics_path, run.start, rt),
+            progress=progress,
+            tokens_per_step=batch_tokens,
+            flops_per_token=model.flops_per_token(),
+        )
+        for step in loop:
+            if step.due(args.save_every) or step.last:
+                with step.paused():
+                    run.save(step.index, model, optimizer, loader, tokenizer, progress.to_dict(), inheritance)
+            if step.due(args.eval_every, at_start=True):
+                with step.paused():
+                    val_batches = val_loader.one_pass(args.eval_tokens)
+                    step.log(val_bpb=evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt))
+            if step.last:
+                break
+            now = plan.at(step.index)
+            step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+        run.finish()
+        print0(f"trained {run.folder} to step {step.index}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,214 @@
+"""Checkpoints: whole or not at all, never silently replaced, and never loaded when they are not what they claim."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat.checkpoint import Checkpoint, Run, find_checkpoint, run_folder, saved_steps
+from nanochat.common import UserError
+from nanochat.config import ModelConfig
+from nanochat.model.gpt import GPT, build_model
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Runtime
+from nanochat.scaling import BaseRates
+from nanochat.tokenizer import Tokenizer
+
+RT = Runtime(torch.device("cpu"), torch.float32)
+CONFIG = ModelConfig(32, 300, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
+TEXTS = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("test_*.py"))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS, 300)
+
+
+class Position:
+    """A loader that is nothing but its state."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {"epoch": 3, "waiting": np.arange(5)}
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.values = state
+
+
+def flags(resume: str | int = "no", overwrite: bool = False) -> Namespace:
+    return Namespace(resume=resume, overwrite=overwrite, depth=2)
+
+
+def training(config: ModelConfig = CONFIG, seed: int = 0) -> tuple[GPT, MuonAdamW]:
+    model = build_model(config, torch.device("cpu"), torch.float32, seed)
+    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), BaseRates().by_role())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0, 0.9, 0.0)
+    return model, optimizer
+
+
+Save = Callable[..., Run]
+
+
+@pytest.fixture
+def save(base_dir: Path, tokenizer: Tokenizer) -> Save:
+    """Saves checkpoints of a run at the given steps."""
+
+    def save_run(tag: str, *steps: int, config: ModelConfig = CONFIG, finish: bool = False) -> Run:
+        run, (model, optimizer) = Run.open("base", tag, flags(), RT), training(config)
+        for step in steps:
+            run.save(step, model, optimizer, Position(), tokenizer, {"tokens": step}, {"total_batch_tokens": 64})
+        if finish:
+            run.finish()
+        return run
+
+    return save_run
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, tied_head=True, residual="plain", smear=False)])
+def test_a_restored_run_has_the_same_weights_optimizer_and_position(
+    save: Save, tokenizer: Tokenizer, config: ModelConfig
+) -> None:
+    save("d2", 5, config=config)
+    run, (model, optimizer), position = Run.open("base", "d2", flags("auto"), RT), training(config, seed=1), Position()
+    position.values = {}
+    assert run.restore(model, optimizer, position, tokenizer) == {"tokens": 5}
+    assert run.start == 5
+    saved_model, saved_optimizer = training(config)
+    for name, parameter in saved_model.named_parameters():
+        assert torch.equal(dict(model.named_parameters())[name], parameter), name
+    for name, tensor in saved_optimizer.state_dict().items():
+        assert torch.equal(optimizer.state_dict()[name], tensor), name
+    assert position.values["epoch"] == 3 and position.values["waiting"].tolist() == [0, 1, 2, 3, 4]
+    if config.tied_head:
+        assert model.lm_head.weight is model.wte.weight
+
+
+def test_only_the_newest_checkpoints_are_kept(save: Save) -> None:
+    assert saved_steps(save("d2", 1, 2, 3, 4).folder) == [3, 4]
+
+
+def test_what_a_crash_left_half_written_is_not_taken_for_a_checkpoint(save: Save) -> None:
+    folder = save("d2", 5).folder
+    (folder / ".step_000006.tmp").mkdir()
+    (folder / ".step_000006.tmp" / "model.safetensors").write_bytes(b"half")
+    assert Run.open("base", "d2", flags("auto"), RT).start == 5
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "loader.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_checkpoint_is_named_and_not_loaded(save: Save, name: str, damage: str) -> None:
+    path = save("d2", 5).folder / "step_000005" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "changed" else content[:-10])
+    with pytest.raises(UserError, match=f"{name}: missing or damaged"):
+        find_checkpoint("base")
+
+
+def test_a_checkpoint_without_a_manifest_is_refused(save: Save) -> None:
+    folder = save("d2", 5).folder / "step_000005"
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        Checkpoint.open(folder)
+
+
+def test_a_run_is_not_replaced_unless_told_so(save: Save) -> None:
+    folder = save("d2", 5, finish=True).folder
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    with pytest.raises(UserError, match=r"finished run at step 5.*--resume=auto.*--overwrite.*--model-tag"):
+        Run.open("base", "d2", flags(), RT)
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    run = Run.open("base", "d2", flags(overwrite=True), RT)
+    assert (run.start, run.is_finished, saved_steps(folder)) == (0, False, [])
+
+
+def test_a_finished_run_is_left_alone_by_resume_auto(save: Save) -> None:
+    save("d2", 5, finish=True)
+    assert Run.open("base", "d2", flags("auto"), RT).is_finished
+
+
+def test_resuming_from_a_step_that_is_not_there_lists_those_that_are(save: Save) -> None:
+    save("d2", 4, 5)
+    assert Run.open("base", "d2", flags(4), RT).start == 4
+    with pytest.raises(UserError, match="there are: 4, 5"):
+        Run.open("base", "d2", flags(7), RT)
+    with pytest.raises(UserError, match="there are: none"):
+        Run.open("base", "d3", flags("newest"), RT)
+
+
+def test_resuming_another_model_names_what_differs(save: Save, tokenizer: Tokenizer) -> None:
+    save("d2", 5)
+    model, optimizer = training(replace(CONFIG, n_layer=3, smear=False))
+    with pytest.raises(UserError, match=r"n_layer: 2 -> 3; smear: True -> False"):
+        Run.open("base", "d2", flags("auto"), RT).restore(model, optimizer, Position(), tokenizer)
+
+
+def test_resuming_with_another_tokenizer_is_refused(save: Save) -> None:
+    save("d2", 5)
+    other = Tokenizer.train(reversed(TEXTS[:3]), 300)
+    with pytest.raises(UserError, match="another tokenizer"):
+        Run.open("base", "d2", flags("auto"), RT).restore(*training(), Position(), other)
+
+
+def test_the_tokenizer_lives_with_the_model(save: Save, tokenizer: Tokenizer) -> None:
+    save("d2", 5)
+    assert find_checkpoint("base").tokenizer().fingerprint == tokenizer.fingerprint
+
+
+def test_the_deepest_tag_is_found_first_then_the_newest_and_always_what_is_asked_for(save: Save) -> None:
+    for tag, step in (("d2", 1), ("d10", 2), ("d4", 3), ("zebra", 4)):
+        save(tag, step)
+    assert find_checkpoint("base").step == 2
+    assert find_checkpoint("base", "zebra").step == 4
+    with pytest.raises(UserError, match="d10, d2, d4, zebra"):
+        find_checkpoint("base", "d3")
+    with pytest.raises(UserError, match="no sft model"):
+        find_checkpoint("sft")
+    with pytest.raises(UserError, match="--step=9"):
+        find_checkpoint("base", "d4", 9)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_as_the_newest(save: Save, base_dir: Path) -> None:
+    folder = save("d2", 5).folder
+    size = (folder / "step_000005" / "model.safetensors").stat().st_size
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_checkpoint import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size} // 2, {size} // 2))
+run = Run.open("base", "d2", flags("auto"), RT)
+model, optimizer = training()
+try:
+    run.save(6, model, optimizer, Position(), run.checkpoint.tokenizer(), {{}}, {{}})
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "step_000006: could not be saved" in result.stdout and "step 5" in result.stdout
+    assert saved_steps(run_folder("base", "d2")) == [5] and not list(folder.glob(".step*"))
+    assert find_checkpoint("base").step == 5
+
+
+def test_the_saved_configuration_rebuilds_the_model(save: Save) -> None:
+    folder = save("d2", 5).folder / "step_000005"
+    assert Checkpoint.open(folder).config == CONFIG
+    meta = json.loads((folder / "meta.json").read_text())
+    with pytest.raises(UserError, match="unknown fields flux"):
+        ModelConfig.from_dict({**meta["model_config"], "flux": 1})

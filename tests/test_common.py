@@ -1,0 +1,178 @@
+"""What every room uses: whole files or old files, paths from the environment, ranks, device peaks."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import (
+    PEAK_FLOPS,
+    UserError,
+    atomic_write,
+    base_dir,
+    launch_ranks,
+    peak_flops,
+    print0,
+    requested_dtype,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_written_file_appears_whole_in_a_new_folder_and_nothing_else_stays(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    with atomic_write(path) as temporary:
+        temporary.write_text("half")
+        assert not path.exists()
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), atomic_write(path) as temporary:
+        temporary.write_text("new")
+        raise KeyError("bug")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from nanochat.common import UserError, atomic_write
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with atomic_write(Path(sys.argv[1])) as temporary:
+        temporary.write_bytes(b"n" * 10_000)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX resource limits")
+def test_a_disk_that_refuses_leaves_the_old_file_and_says_so(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"{path}: could not be written (File too large)")
+    assert len(done.stdout.splitlines()) == 1
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with (
+        pytest.raises(UserError, match="could not be written"),
+        atomic_write(tmp_path / "file" / "below") as temporary,
+    ):
+        temporary.write_text("never")
+
+
+def test_two_threads_may_write_the_same_file(tmp_path):
+    path = tmp_path / "file.txt"
+    both_inside = threading.Barrier(2)
+    failures = []
+
+    def write(text: str) -> None:
+        try:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text)
+                both_inside.wait(timeout=10)
+        except UserError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=write, args=(text * 1000,)) for text in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_base_folder_comes_from_the_environment_or_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/runs")
+    assert base_dir() == tmp_path / "runs"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
+    assert base_dir() == tmp_path / ".cache" / "nanochat"
+
+
+def test_an_empty_dtype_counts_as_none(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "")
+    assert requested_dtype() is None
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    assert requested_dtype() == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "5"}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 0)),
+        ({"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}, (13, 16, 5)),
+    ],
+)
+def test_ranks_are_what_the_launcher_says(monkeypatch, environment, ranks):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch_ranks() == ranks
+
+
+def test_only_rank_0_prints(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        print0("rank", rank)
+    assert capsys.readouterr().out == "rank 0\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA GB200", 2.5e15),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 836e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("AMD Instinct MI300X", 1.3074e15),
+        ("AMD Instinct MI355X", 2.5e15),
+        ("AMD Instinct MI250X / MI250", 383e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A3000 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA B300 SXM6 AC", None),
+        ("Some Future Device", None),
+        ("", None),
+    ],
+)
+def test_a_devices_peak_is_its_own_or_unknown(device, peak):
+    assert peak_flops(device) == peak
+
+
+def test_no_entry_of_the_peak_table_hides_a_later_one():
+    for words, peak in PEAK_FLOPS:
+        assert peak_flops(f"Vendor {words} 80GB") == peak, words

@@ -1,0 +1,233 @@
+"""Every recipe from start to end at depth 2, with and without the recurrent mixer, on this repo's own text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochat.checkpoint import find_checkpoint, run_folder, saved_steps
+from nanochat.common import UserError
+from scripts import base_loss, base_train, chat_cli, chat_sft, tok_eval, tok_train
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--device-batch-size=2"]
+TINY += ["--total-batch-size=256", "--eval-tokens=500", "--logger=none", "--compile=off", "--device-type=cpu"]
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i} + 1?"},
+            {"role": "assistant", "content": f"It is {i + 1}."},
+        ]
+    }
+    for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text: the sources of the tests."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted((REPO / "tests").glob("test_*.py")):
+        (folder / f"{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(conversation) + "\n" for conversation in CHAT), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer(base_dir: Path, text: Path) -> None:
+    tok_train.main([f"--data-dir={text}", "--vocab-size=400"])
+
+
+def metrics(source: str, tag: str = "d2") -> list[dict[str, float]]:
+    lines = (run_folder(source, tag) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("pattern", ["A", "AR"])
+@pytest.mark.usefixtures("tokenizer", "recurrent")
+def test_the_whole_path_from_text_to_an_answer(
+    pattern: str, text: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_train.main([*TINY, f"--data-dir={text}", f"--layer-pattern={pattern}", "--num-iterations=8", "--eval-every=4"])
+    bpb = [record["val_bpb"] for record in metrics("base") if "val_bpb" in record]
+    assert len(bpb) == 3 and bpb[-1] < bpb[0]
+    base_loss.main([f"--data-dir={text}", "--split-tokens=500"])
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["val_bpb"] == pytest.approx(bpb[-1], rel=1e-4) and shown["step"] == 8
+    chat_sft.main([f"--data={chats}", "--num-iterations=6", "--eval-every=3", "--device-batch-size=2", "--logger=none"])
+    losses = [record["loss_raw"] for record in metrics("sft") if "loss_raw" in record]
+    assert losses[-1] < losses[0]
+    capsys.readouterr()
+    for source in ("base", "sft"):
+        chat_cli.main([f"--source={source}", "-p", "What is 3 + 1? äöü 你好", "--max-tokens=12"])
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_document_masks_and_every_switch_train(text: Path) -> None:
+    switches = ["--doc-mask", "--no-smear", "--no-backout", "--no-value-embeddings", "--no-qk-norm", "--tied-head"]
+    switches += ["--residual=plain", "--mlp-activation=gelu", "--softcap=0", "--window-pattern=L", "--laws=reference"]
+    for switch in switches:
+        arguments = [*TINY, f"--data-dir={text}", switch, "--num-iterations=2", "--eval-every=-1", "--overwrite"]
+        base_train.main(arguments)
+        assert all(record["loss_raw"] < 7 for record in metrics("base")[:2]), switch
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_time_budget_is_kept(text: Path) -> None:
+    base_train.main([*TINY, f"--data-dir={text}", "--time-budget=2", "--eval-every=-1"])
+    records = metrics("base")
+    assert records[-1]["train_s"] == pytest.approx(2, rel=0.3)
+    assert records[-2]["lr"] < 0.2  # the schedule came to its end
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_killed_run_goes_on_and_ends_bit_identical(text: Path, base_dir: Path) -> None:
+    flags = [*TINY, f"--data-dir={text}", "--num-iterations=40", "--eval-every=20", "--save-every=5"]
+    base_train.main([*flags, "--model-tag=whole"])
+    command = [sys.executable, "-m", "scripts.base_train", *flags, "--model-tag=killed", "--resume=auto"]
+    process = subprocess.Popen(command, cwd=REPO, env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)})
+    deadline = time.monotonic() + 120
+    while not saved_steps(run_folder("base", "killed")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = saved_steps(run_folder("base", "killed"))[-1]
+    assert stopped_at < 40, "the run was over before it could be killed"
+    base_train.main([*flags, "--model-tag=killed", "--resume=auto"])
+    whole, killed = (find_checkpoint("base", tag).folder for tag in ("whole", "killed"))
+    for name in ("model.safetensors", "optimizer.safetensors", "loader.safetensors"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    same = ("step", "loss_raw", "val_bpb", "tokens")
+    trace = [[{key: record.get(key) for key in same} for record in metrics("base", tag)] for tag in ("whole", "killed")]
+    assert trace[0] == trace[1]
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_finished_model_is_not_overwritten_and_resume_leaves_it(
+    text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*TINY, f"--data-dir={text}", "--num-iterations=2", "--eval-every=-1"]
+    base_train.main(flags)
+    with pytest.raises(UserError, match="--overwrite"):
+        base_train.main(flags)
+    base_train.main([*flags, "--resume=auto"])
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists already"):
+        tok_train.main([f"--data-dir={text}", "--vocab-size=400"])
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_prompt_longer_than_the_context_is_shortened_by_rule(
+    text: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_train.main([*TINY, f"--data-dir={text}", "--num-iterations=1", "--eval-every=-1"])
+    chat_sft.main([f"--data={chats}", "--num-iterations=1", "--eval-every=-1", "--logger=none"])
+    for source in ("base", "sft"):
+        chat_cli.main([f"--source={source}", "-p", "far too long " * 500, "--max-tokens=5"])
+    assert len(capsys.readouterr().out) > 0
+
+
+def test_a_conversation_on_the_terminal_remembers_and_clears(
+    base_dir: Path, text: Path, chats: Path, tokenizer: None
+) -> None:
+    base_train.main([*TINY, f"--data-dir={text}", "--num-iterations=1", "--eval-every=-1"])
+    chat_sft.main([f"--data={chats}", "--num-iterations=1", "--eval-every=-1", "--logger=none"])
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.chat_cli", "--max-tokens=3"],
+        input="What is 1 + 1?\n\nAnd ünïcödé?\nclear\nagain\nquit\n",
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=120,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "PYTHONUTF8": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("assistant:") == 3
+
+
+def test_the_tokenizer_is_compared_on_every_kind_of_text(
+    tokenizer: None, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tok_eval.main([f"--data-dir={text}", "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# Bad input -----------------------------------------------------------------------------------------------------
+
+
+def run_recipe(name: str, *flags: str, base: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"scripts.{name}", *flags]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment, timeout=120)
+
+
+def test_all_mistakes_of_a_command_line_are_told_at_once_and_nothing_is_written(base_dir: Path) -> None:
+    flags = ("--depht=4", "--max-seq=5", "--target-param-data-ratio=0", "--depth=0", "--warmdown-ratio=1.5")
+    result = run_recipe("base_train", *flags, base=base_dir)
+    assert result.returncode == 2
+    errors = result.stderr.splitlines()
+    assert len(errors) == 5 and all(line.startswith("error: ") for line in errors)
+    assert all(any(flag in line for line in errors) for flag in flags)
+    assert not base_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--total-batch-size=300"], ["--total-batch-size=300", "multiple of 128", "256 and 384"]),
+        (["--data-dir=nowhere"], ["nowhere"]),
+        (["--layer-pattern=AX"], ["AX", "known are"]),
+        (["--window-pattern=Q"], ["window_pattern", "S (short)"]),
+        (["--resume=7"], ["--resume=7", "there are"]),
+        (["--device-type=cuda"], ["--device-type=cuda", "cpu"]),
+        (["--head-dim=15"], ["15", "even"]),
+    ],
+)
+@pytest.mark.usefixtures("tokenizer")
+def test_bad_flags_leave_in_one_line_with_code_2(text: Path, base_dir: Path, flags: list[str], told: list[str]) -> None:
+    import torch
+
+    if "--device-type=cuda" in flags and torch.cuda.is_available():
+        pytest.skip("has CUDA")
+    result = run_recipe("base_train", *TINY, f"--data-dir={text}", *flags, base=base_dir)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert all(words in result.stderr for words in told), result.stderr
+    assert not (base_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("latin.txt", "Grüße\n".encode("latin-1") * 50, "UTF-8"),
+        ("cut.parquet", b"PAR1 and then nothing", "cut.parquet"),
+        ("bad.jsonl", b'{"text": "fine"}\n{"text": 5}\n', "line 2"),
+    ],
+)
+def test_bad_data_files_are_named(base_dir: Path, tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = run_recipe("tok_train", f"--data-dir={tmp_path / name}", "--vocab-size=300", base=base_dir)
+    assert result.returncode == 2, result.stderr
+    assert name in result.stderr and told in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (base_dir / "tokenizer").exists()
+
+
+def test_a_corrupt_tokenizer_and_a_missing_model_are_told(base_dir: Path, text: Path, tokenizer: None) -> None:
+    (base_dir / "tokenizer" / "tokenizer.json").write_text("{}")
+    result = run_recipe("base_train", *TINY, f"--data-dir={text}", base=base_dir)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "tokenizer.json" in result.stderr
+    result = run_recipe("chat_cli", "-p", "hi", base=base_dir)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "no sft model" in result.stderr
