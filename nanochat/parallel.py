@@ -62,6 +62,11 @@ class Runtime:
         """What Muon's iterations compute in: bfloat16 where the model does, else the parameter's own dtype."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None
 
+    def check_can_train(self) -> None:
+        """Raise UserError for a compute dtype that can only run a model."""
+        if self.dtype == torch.float16:
+            raise UserError("NANOCHAT_DTYPE=float16: gradients would underflow; train in bfloat16 or float32")
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""

@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     corpus = open_corpus(cli.data_folder(args))
     with runtime(args.device_type) as rt:
+        rt.check_can_train()
         # The dial: a model of this depth, and the plan that its size and horizon ask for
         shape = {"sequence_len": args.max_seq_len, "aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim}
         shape |= cli.architecture_switches(args)

@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = find_checkpoint("base", args.base_tag, args.base_step)
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt:
+        rt.check_can_train()
         batch_tokens = args.total_batch_size or inherited["total_batch_tokens"]
         rows_per_step = max(1, batch_tokens // (config.sequence_len * rt.world_size))
         rows = args.device_batch_size or device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)

@@ -164,6 +164,28 @@ def test_the_tokenizer_is_compared_on_every_kind_of_text(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_two_ranks_train_the_same_model_as_one(text: Path, base_dir: Path) -> None:
+    flags = [*TINY, f"--data-dir={text}", "--num-iterations=6", "--eval-every=3"]
+    base_train.main([*flags, "--model-tag=alone"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["scripts.base_train", "--", *flags, "--model-tag=pair"]
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for alone, pair in zip(metrics("base", "alone"), metrics("base", "pair"), strict=True):
+        assert pair["tokens"] == alone["tokens"]
+        for key in {"loss_raw", "val_bpb"} & alone.keys():
+            assert pair[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_float16_is_refused_for_training(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    with pytest.raises(UserError, match="bfloat16 or float32"):
+        base_train.main([*TINY, f"--data-dir={text}"])
+
+
 # Bad input -----------------------------------------------------------------------------------------------------
 
 
