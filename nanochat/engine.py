@@ -1,4 +1,4 @@
-"""From a prompt's ids to new ids: prefill once, then decode any number of samples side by side.
+"""From prompts' ids to new ids: prefill once, then decode any number of samples side by side.
 
 The engine is given a model; it knows nothing of what is inside. Each sample is a row: it draws its own random numbers
 from (seed, row, position) alone, so its text does not depend on its neighbours, and it may carry a tool hook that
@@ -59,9 +59,11 @@ class Token:
 
 @dataclass
 class Row:
-    """A sample in the making."""
+    """A sample in the making: it starts at position `start` and has at most `limit` tokens."""
 
     index: int
+    start: int
+    limit: int
     hook: ToolHook | None
     length: int = 0
     forced: list[int] = field(default_factory=list)
@@ -88,18 +90,52 @@ class Engine:
         hooks: one per sample, or none. A row ends at a stop token, after max_tokens, or where the model's context ends.
         Raises UserError for an empty prompt or one that fills the whole context.
         """
-        room = self.model.config.sequence_len - len(prompt)
-        if not prompt or room < 1:
-            raise UserError(
-                f"prompt of {len(prompt)} tokens: must have at least 1 and fewer than the model's context of "
-                f"{self.model.config.sequence_len}"
-            )
-        assert len(hooks) in (0, num_samples), "one hook per sample"
-        limit = min(max_tokens, room)
-        rows = [Row(index, hooks[index] if hooks else None) for index in range(num_samples)]
-        logits, state = self._prefill(prompt, len(prompt) + limit, num_samples)
+        rows = self._rows([prompt] * num_samples, max_tokens, hooks)
+        logits, state = self._prefill(prompt, len(prompt) + rows[0].limit)
+        yield from self._decode(rows, logits.expand(num_samples, -1), state.fork(num_samples), sampling)
+
+    @torch.inference_mode()
+    def generate_each(
+        self,
+        prompts: IdSequence[IdSequence[int]],
+        max_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        hooks: IdSequence[ToolHook] = (),
+    ) -> Iterator[Token]:
+        """Like `generate`, for one continuation of each of several prompts, decoded side by side."""
+        rows = self._rows(prompts, max_tokens, hooks)
+        max_len = max(row.start for row in rows) + max(row.limit for row in rows)
+        prefilled = [self._prefill(prompt, max_len) for prompt in prompts]
+        logits = torch.cat([logits for logits, _ in prefilled])
+        states = [state for _, state in prefilled]
+        yield from self._decode(rows, logits, states[0].join(states[1:]), sampling)
+
+    def _rows(self, prompts: IdSequence[IdSequence[int]], max_tokens: int, hooks: IdSequence[ToolHook]) -> list[Row]:
+        """One row per prompt, each with the room that its prompt leaves."""
+        assert len(hooks) in (0, len(prompts)), "one hook per row"
+        context, rows = self.model.config.sequence_len, []
+        for index, prompt in enumerate(prompts):
+            room = context - len(prompt)
+            if not prompt or room < 1:
+                raise UserError(
+                    f"prompt of {len(prompt)} tokens: needs at least 1 and fewer than the model's context of {context}"
+                )
+            rows.append(Row(index, len(prompt), min(max_tokens, room), hooks[index] if hooks else None))
+        return rows
+
+    def _prefill(self, prompt: IdSequence[int], max_len: int) -> tuple[Tensor, DecodeState]:
+        """Logits (1, V) after the prompt, and the state of its row."""
+        state = self.model.new_state(1, max_len)
+        device = state.positions.device
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            ids = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=device)
+            logits = self.model.next_logits(ids, state)
+        return logits, state
+
+    def _decode(self, rows: list[Row], logits: Tensor, state: DecodeState, sampling: Sampling) -> Iterator[Token]:
+        """Sample, yield, feed back, until every row has left. logits: (B, V), one row each."""
         while True:
-            chosen = sample(logits, rows, sampling, len(prompt))
+            chosen = sample(logits, rows, sampling)
             alive: list[int] = []  # places in the batch that go on
             for place, row in enumerate(rows):
                 token = self._advance(row, chosen[place])
@@ -107,7 +143,7 @@ class Engine:
                     continue
                 yield token
                 chosen[place] = token.token_id
-                if row.length < limit:
+                if row.length < row.limit:
                     alive.append(place)
             if not alive:
                 return
@@ -116,15 +152,6 @@ class Engine:
                 rows = [rows[place] for place in alive]
             ids = torch.tensor([[chosen[place]] for place in alive], device=logits.device)  # (B, 1)
             logits = self.model.next_logits(ids, state)
-
-    def _prefill(self, prompt: IdSequence[int], max_len: int, num_samples: int) -> tuple[Tensor, DecodeState]:
-        """Logits (N, V) after the prompt, and the state of N rows that share it."""
-        state = self.model.new_state(1, max_len)
-        device = state.positions.device
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            ids = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=device)
-            logits = self.model.next_logits(ids, state)
-        return logits.expand(num_samples, -1), state.fork(num_samples)
 
     def _advance(self, row: Row, sampled: int) -> Token | None:
         """The row's next token, forced or sampled; None where it stops."""
@@ -138,14 +165,14 @@ class Engine:
         return Token(row.index, token_id, is_forced)
 
 
-def sample(logits: Tensor, rows: IdSequence[Row], sampling: Sampling, offset: int) -> list[int]:
+def sample(logits: Tensor, rows: IdSequence[Row], sampling: Sampling) -> list[int]:
     """One token id per row from logits (B, V), each from its own random number."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     k = min(sampling.top_k or logits.size(-1), logits.size(-1))
     values, ids = logits.topk(k, dim=-1) if k < logits.size(-1) else (logits, None)
     cumulative = (values.double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, K)
-    draws = [uniform(sampling.seed, row.index, offset + row.length) for row in rows]
+    draws = [uniform(sampling.seed, row.index, row.start + row.length) for row in rows]
     u = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, u, right=True).clamp_max(k - 1)  # (B, 1)
     return (places if ids is None else ids.gather(1, places)).squeeze(1).tolist()

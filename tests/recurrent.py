@@ -1,5 +1,7 @@
 """A tiny recurrent mixer, letter R in tests: proof that nothing in the library assumes attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Generator, Tensor
 
@@ -15,6 +17,9 @@ class RecurrentState(LayerState):
 
     def select(self, rows: Tensor) -> "RecurrentState":
         return RecurrentState(self.memory[rows])
+
+    def join(self, others: "Sequence[RecurrentState]") -> "RecurrentState":
+        return RecurrentState(torch.cat([self.memory, *(other.memory for other in others)]))
 
 
 class TinyRecurrent(Mixer):

@@ -61,6 +61,15 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(model: GPT, top_k: int) -
     assert len({tuple(row) for row in many}) > 1
 
 
+@pytest.mark.parametrize("model", PATTERNS, indirect=True)
+def test_different_prompts_are_answered_side_by_side_as_each_alone(model: GPT) -> None:
+    engine, prompts = Engine(model, stop_ids=[0, 1, 2]), [[5, 6, 7], list(range(10, 80)), [9] * 695, [4]]
+    together = rows_of(list(engine.generate_each(prompts, 20, GREEDY)), 4)
+    alone = [rows_of(list(engine.generate(prompt, 20, GREEDY)), 1)[0] for prompt in prompts]
+    assert together == alone
+    assert len(alone[2]) <= 5
+
+
 def test_the_seed_decides_the_text(model: GPT) -> None:
     def text(seed: int) -> list[int]:
         return [t.token_id for t in Engine(model, []).generate([5], 20, Sampling(seed=seed))]

@@ -84,6 +84,21 @@ def test_rows_that_leave_the_batch_do_not_disturb_the_rest(pattern: str) -> None
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
+def test_prompts_of_different_lengths_decode_side_by_side_as_each_alone(pattern: str) -> None:
+    model, lengths = noisy_model(small_config(pattern)), (3, 150, 40)
+    prompts = [random_ids(1, length, seed=length) for length in lengths]
+    states = [model.new_state(1, length + 10) for length in lengths]
+    for prompt, state in zip(prompts, states):
+        model.next_logits(prompt, state)
+    together, continuations = states[0].join(states[1:]), random_ids(3, 10, seed=1)
+    logits = torch.stack([model.next_logits(continuations[:, t : t + 1], together) for t in range(10)], 1)
+    for row, prompt in enumerate(prompts):
+        whole = model(torch.cat([prompt, continuations[row : row + 1]], dim=1))[:, prompt.size(1) :]
+        torch.testing.assert_close(logits[row : row + 1], whole, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
 def test_a_row_has_the_same_logits_alone_and_in_a_batch(pattern: str) -> None:
     model, ids = noisy_model(small_config(pattern)), random_ids(5, 150)
     together = model(ids)

@@ -1,12 +1,15 @@
 """What a model remembers between two calls while it writes.
 
 `DecodeState` holds one state per layer plus the position of each row. A layer reads and extends its own state and never
-touches the position: the model advances it, once per call. Rows are independent, so a state can be forked (prefill a
-prompt once, sample many answers) and thinned out (drop the rows that are done).
+touches the position: the model advances it, once per call. Rows are independent and each has a position of its own, so
+states can be forked (prefill a prompt once, sample many answers), thinned out (drop the rows that are done) and joined
+(decode different prompts side by side).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,10 @@ class LayerState(ABC):
     @abstractmethod
     def select(self, rows: Tensor) -> "LayerState":
         """A new state whose row i is a copy of row `rows[i]`. rows: (N,) int64."""
+
+    @abstractmethod
+    def join(self, others: "Sequence[Any]") -> "LayerState":
+        """A new state with this state's rows, then those of the others, all of one layer."""
 
 
 class KVState(LayerState):
@@ -48,6 +55,21 @@ class KVState(LayerState):
     def select(self, rows: Tensor) -> "KVState":
         return KVState(self.keys[rows], self.values[rows], self.positions[rows], self.used)
 
+    def join(self, others: "Sequence[KVState]") -> "KVState":
+        states = [self, *others]
+        longest = max(state.keys.size(1) for state in states)
+        keys, values, positions = (
+            torch.cat([grow(getattr(state, name), longest, fill) for state in states])
+            for name, fill in (("keys", 0), ("values", 0), ("positions", -1))
+        )
+        return KVState(keys, values, positions, max(state.used for state in states))
+
+
+def grow(tensor: Tensor, length: int, fill: int) -> Tensor:
+    """`tensor` (B, S, ...) with dim 1 extended to `length` by `fill`."""
+    shape = (tensor.size(0), length - tensor.size(1), *tensor.shape[2:])
+    return torch.cat([tensor, tensor.new_full(shape, fill)], dim=1)
+
 
 @dataclass
 class DecodeState:
@@ -71,3 +93,12 @@ class DecodeState:
         """The given rows only, as copies. rows: (N,) int64."""
         stem = None if self.stem is None else self.stem[rows]
         return DecodeState([layer.select(rows) for layer in self.layers], self.positions[rows], self.max_len, stem)
+
+    def join(self, others: "Sequence[DecodeState]") -> "DecodeState":
+        """This state's rows, then those of the others; every one must have seen at least one token."""
+        states = [self, *others]
+        layers = [first.join([other.layers[i] for other in others]) for i, first in enumerate(self.layers)]
+        stems = [state.stem for state in states if state.stem is not None]
+        assert len(stems) == len(states), "only states with a past can be joined"
+        positions = torch.cat([state.positions for state in states])
+        return DecodeState(layers, positions, max(state.max_len for state in states), torch.cat(stems))
