@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,38 +116,46 @@ class Checkpoint:
 
 
 class Run:
-    """One training run: a folder, the point it starts from, and saving."""
+    """One training run: a folder, the point it starts from, and saving.
+
+    A run that starts afresh lives in a hidden folder until its first checkpoint stands; only then does it take the
+    place of what bore its tag before. So a new run that fails or is stopped early costs nothing.
+    """
 
     def __init__(
         self, folder: Path, args: Namespace, rt: Runtime, checkpoint: Checkpoint | None, finished: bool
     ) -> None:
-        self.folder, self.args, self.rt = folder, args, rt
-        self.checkpoint, self.is_finished = checkpoint, finished
+        self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
+        self.final_folder = folder
+        self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
+        # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
+        self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
 
     @classmethod
     def open(cls, source: str, tag: str, args: Namespace, rt: Runtime) -> "Run":
         """Start or continue a run according to --resume and --overwrite in `args`; every rank calls this.
 
-        Raises UserError rather than touch a run that is finished or could be continued, unless told to.
+        Raises UserError rather than replace a run that is finished or could be continued, unless told to, and where
+        the flags are not those of the run that is to be continued.
         """
         folder = run_folder(source, tag)
         steps = saved_steps(folder)
         record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
         finished = record.get("status") == "finished"
-        rt.barrier()  # all have looked before anybody changes anything
-        if args.overwrite and args.resume == "no":
-            if rt.is_main and folder.exists():
-                shutil.rmtree(folder)
-            steps, finished = [], False
-        elif args.resume == "no" and steps:
+        if args.resume == "no" and steps and not args.overwrite:
+            hint = "" if finished else "continue it with --resume=auto, "
             raise UserError(
-                f"{folder}: holds a {'finished' if finished else 'stopped'} run at step {steps[-1]}; continue it "
-                "with --resume=auto, replace it with --overwrite, or choose another --model-tag"
+                f"{folder}: holds a {'finished' if finished else 'stopped'} run at step {steps[-1]}; {hint}replace it "
+                "with --overwrite, or choose another --model-tag"
             )
         checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
+        if checkpoint:
+            check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
         run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto")
-        if not run.is_finished:
-            run._write_status("running")
+        rt.barrier()  # all have looked before anybody changes anything
+        if rt.is_main and checkpoint is None:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            make_folder(run.folder)
         rt.barrier()
         return run
 
@@ -168,6 +176,14 @@ class Run:
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    def check_horizon(self, num_steps: int) -> None:
+        """Raise UserError where the run is past the end that it is now given."""
+        if self.start > num_steps:
+            raise UserError(
+                f"{self.folder}: is at step {self.start} already, past the {num_steps} steps asked for; give a longer "
+                "horizon, or an earlier checkpoint with --resume=STEP"
+            )
 
     def restore(self, model: GPT, optimizer: MuonAdamW, loader: Resumable, tokenizer: Tokenizer) -> dict[str, Any]:
         """Put weights, optimizer and data position back to the checkpoint's, if there is one; return its progress.
@@ -205,7 +221,7 @@ class Run:
         progress: what the loop needs to go on. plan: what a later stage inherits (total_batch_tokens, base_rates).
         """
         state = loader.state()
-        if self.rt.is_main and step not in saved_steps(self.folder):
+        if self.rt.is_main and (step != self.start or self.checkpoint is None):
             arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
             meta = {
                 "step": step,
@@ -221,9 +237,28 @@ class Run:
                 "optimizer": optimizer.state_dict(),
             }
             write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
-            for old in saved_steps(self.folder)[:-KEEP_LAST]:
-                shutil.rmtree(self.folder / f"step_{old:06d}")
+            self._write_status("running")
+            self._take_place()
+            self._drop([old for old in self._stale if old != step])
+            self._stale = []
+            self._drop(saved_steps(self.folder)[:-KEEP_LAST])
+        self.folder = self.final_folder
         self.rt.barrier()
+
+    def _take_place(self) -> None:
+        """Move from the hidden folder to the run's own."""
+        if self.folder != self.final_folder:
+            replaced = self.final_folder.with_name(f".{self.final_folder.name}.old")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if self.final_folder.exists():
+                os.replace(self.final_folder, replaced)
+            os.replace(self.folder, self.final_folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.folder = self.final_folder
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            shutil.rmtree(self.folder / f"step_{step:06d}")
 
     def finish(self) -> None:
         """Mark the run as complete: it is never overwritten or continued silently."""
@@ -234,6 +269,33 @@ class Run:
             record = {"status": status, "args": vars(self.args)}
             with atomic_write(self.folder / "run.json") as path:
                 path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+# Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
+FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
+FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # the loader checks the data itself
+HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
+
+
+def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
+    """Raise UserError where a run is continued with other flags than it was started with; a new horizon is allowed
+    unless the run has finished, and told."""
+    now = vars(args)
+    changed = [name for name in first if name not in FREE_FLAGS and first[name] != now.get(name)]
+    told = ", ".join(f"--{name.replace('_', '-')}: {first[name]} -> {now.get(name)}" for name in changed)
+    if changed and finished:
+        raise UserError(f"{folder}: finished with other flags ({told}); use --overwrite or another --model-tag")
+    if set(changed) - HORIZON_FLAGS:
+        raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
+    if changed:
+        print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another NANOCHAT_BASE_DIR") from error
 
 
 def write_checkpoint(
@@ -260,14 +322,15 @@ def write_checkpoint(
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
         for path in temporary.iterdir():
             sync_file(path)
+        if folder.exists():
+            shutil.rmtree(folder)
         os.replace(temporary, folder)
         sync_file(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = f"; the newest checkpoint is step {steps[-1]}" if (steps := saved_steps(folder.parent)) else ""
-        raise UserError(
-            f"{folder}: could not be saved ({error}){kept}; free some space and continue with --resume=auto"
-        ) from error
+        steps = saved_steps(folder.parent)
+        kept = f"step {steps[-1]} is the last one saved: continue with --resume=auto" if steps else "none is saved yet"
+        raise UserError(f"{folder}: could not be saved ({error}); free some space; {kept}") from error
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
@@ -279,21 +342,29 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         )
 
 
-def find_checkpoint(source: str, tag: str = "", step: int | None = None) -> Checkpoint:
+TRAINERS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
+
+
+def find_checkpoint(source: str, tag: str = "", step: int | None = None, prefix: str = "model") -> Checkpoint:
     """A saved model: by default the deepest tag (d<number>), else the newest, at its last step.
 
-    Raises UserError saying what there is.
+    Raises UserError saying what there is. prefix: of the flags that gave tag and step, for that message.
     """
     folder = base_dir() / "checkpoints" / source
-    tags = [path for path in folder.iterdir() if saved_steps(path)] if folder.is_dir() else []
+    tags = [path for path in folder.iterdir() if path.name[0] != "." and saved_steps(path)] if folder.is_dir() else []
     if not tags:
-        raise UserError(f"{folder}: no {source} model has been trained yet")
+        elsewhere = ", ".join(s for s in SOURCES if s != source and (base_dir() / "checkpoints" / s).is_dir())
+        raise UserError(
+            f"{folder}: no {source} model is there; train one with `python -m scripts.{TRAINERS[source]}`"
+            + (f", choose another --source ({elsewhere})" if elsewhere else "")
+            + ", or set NANOCHAT_BASE_DIR to where it is"
+        )
     if tag and tag not in [path.name for path in tags]:
-        raise UserError(f"--model-tag={tag}: {folder} has {', '.join(sorted(path.name for path in tags))}")
+        raise UserError(f"--{prefix}-tag={tag}: {folder} has {', '.join(sorted(path.name for path in tags))}")
     chosen = folder / tag if tag else max(tags, key=depth_then_age)
     steps = saved_steps(chosen)
     if step is not None and step not in steps:
-        raise UserError(f"--step={step}: {chosen} has {', '.join(map(str, steps))}")
+        raise UserError(f"--{prefix}-step={step}: {chosen} has {', '.join(map(str, steps))}")
     return Checkpoint.open(chosen / f"step_{steps[-1] if step is None else step:06d}")
 
 

@@ -4,12 +4,16 @@ This module never imports torch, so that `--help` stays instant. Environment var
 `parallel.runtime`) and nowhere else.
 """
 
+import json
 import os
 import re
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -83,6 +87,36 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def report_folder() -> Path:
+    """Where stages leave their records and the report is written."""
+    return base_dir() / "report"
+
+
+@contextmanager
+def record_stage(name: str) -> Iterator[dict[str, Any]]:
+    """Time a stage and save what the block puts into the dict as `<report folder>/stages/<name>.json`, on rank 0.
+
+    Added are `wall_clock_s` and `peak_rss_bytes` of this process; `earlier_s` in the dict, the time that an
+    interrupted run of the same stage took, is added to the clock. A block that puts nothing in leaves no record.
+    """
+    began = time.perf_counter()
+    record: dict[str, Any] = {}
+    yield record
+    if record and launch_ranks()[0] == 0:
+        record["wall_clock_s"] = time.perf_counter() - began + record.pop("earlier_s", 0.0)
+        record["peak_rss_bytes"] = peak_rss_bytes()
+        with atomic_write(report_folder() / "stages" / f"{name}.json") as path:
+            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held."""
+    import resource  # not on every platform
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # Dense bf16 peak, FLOP/s. The first entry whose words are all among the words of the device name wins, so special cases

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
+        if args.time_budget is None:
+            run.check_horizon(plan.num_steps)
         model = build_model(config, rt.device, rt.dtype, args.seed)
         base_rates = BaseRates(**cli.given_rates(args))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tasks.common import hold_out, load_conversations
 
     train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
-    base = find_checkpoint("base", args.base_tag, args.base_step)
+    base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt:
         rt.check_can_train()
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
+        run.check_horizon(num_steps)
         model = base.build_model(rt.device, rt.dtype)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)

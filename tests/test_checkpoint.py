@@ -45,8 +45,8 @@ class Position:
         self.values = state
 
 
-def flags(resume: str | int = "no", overwrite: bool = False) -> Namespace:
-    return Namespace(resume=resume, overwrite=overwrite, depth=2)
+def flags(resume: str | int = "no", overwrite: bool = False, **changes: object) -> Namespace:
+    return Namespace(**{"resume": resume, "overwrite": overwrite, "depth": 2, "num_iterations": 10, **changes})
 
 
 def training(config: ModelConfig = CONFIG, seed: int = 0) -> tuple[GPT, MuonAdamW]:
@@ -127,19 +127,62 @@ def test_a_checkpoint_without_a_manifest_is_refused(save: Save) -> None:
         Checkpoint.open(folder)
 
 
+def snapshot(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
+
+
 def test_a_run_is_not_replaced_unless_told_so(save: Save) -> None:
     folder = save("d2", 5, finish=True).folder
-    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    with pytest.raises(UserError, match=r"finished run at step 5.*--resume=auto.*--overwrite.*--model-tag"):
+    before = snapshot(folder)
+    with pytest.raises(UserError, match=r"finished run at step 5; replace it with --overwrite.*--model-tag"):
         Run.open("base", "d2", flags(), RT)
-    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+    assert snapshot(folder) == before
+    save("d3", 5)
+    with pytest.raises(UserError, match=r"stopped run at step 5; continue it with --resume=auto"):
+        Run.open("base", "d3", flags(), RT)
+
+
+def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(save: Save, tokenizer: Tokenizer) -> None:
+    folder = save("d2", 5, finish=True).folder
+    before = snapshot(folder)
+    Run.open("base", "d2", flags(overwrite=True), RT).metrics_path.write_text("{}")  # and dies
     run = Run.open("base", "d2", flags(overwrite=True), RT)
-    assert (run.start, run.is_finished, saved_steps(folder)) == (0, False, [])
+    assert (run.start, run.is_finished) == (0, False)
+    assert snapshot(folder) == before and find_checkpoint("base").step == 5
+    run.save(2, *training(), Position(), tokenizer, {}, {})
+    assert saved_steps(folder) == [2] and run.folder == folder
+    assert not list(folder.parent.glob(".*"))
 
 
-def test_a_finished_run_is_left_alone_by_resume_auto(save: Save) -> None:
+def test_a_finished_run_is_left_alone_by_resume_auto_unless_the_flags_differ(save: Save) -> None:
     save("d2", 5, finish=True)
     assert Run.open("base", "d2", flags("auto"), RT).is_finished
+    with pytest.raises(UserError, match=r"finished with other flags .--depth: 2 -> 3"):
+        Run.open("base", "d2", flags("auto", depth=3), RT)
+
+
+def test_a_run_goes_on_only_with_the_flags_it_was_started_with(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    save("d2", 5)
+    with pytest.raises(UserError, match=r"was started with other flags .--depth: 2 -> 3"):
+        Run.open("base", "d2", flags("auto", depth=3), RT)
+    assert Run.open("base", "d2", flags("auto", num_iterations=9, eval_every=7), RT).start == 5
+    assert "--num-iterations: 10 -> 9" in capsys.readouterr().out
+
+
+def test_a_run_past_its_new_horizon_is_told_so(save: Save) -> None:
+    save("d2", 5)
+    run = Run.open("base", "d2", flags("auto"), RT)
+    run.check_horizon(5)
+    with pytest.raises(UserError, match="at step 5 already"):
+        run.check_horizon(4)
+
+
+def test_continuing_from_an_earlier_step_replaces_the_later_ones(save: Save, tokenizer: Tokenizer) -> None:
+    folder = save("d2", 4, 8).folder
+    run = Run.open("base", "d2", flags(4), RT)
+    assert saved_steps(folder) == [4, 8]
+    run.save(6, *training(), Position(), tokenizer, {}, {})
+    assert saved_steps(folder) == [4, 6]
 
 
 def test_resuming_from_a_step_that_is_not_there_lists_those_that_are(save: Save) -> None:
@@ -177,9 +220,9 @@ def test_the_deepest_tag_is_found_first_then_the_newest_and_always_what_is_asked
     assert find_checkpoint("base", "zebra").step == 4
     with pytest.raises(UserError, match="d10, d2, d4, zebra"):
         find_checkpoint("base", "d3")
-    with pytest.raises(UserError, match="no sft model"):
+    with pytest.raises(UserError, match=r"no sft model is there.*chat_sft.*--source .base"):
         find_checkpoint("sft")
-    with pytest.raises(UserError, match="--step=9"):
+    with pytest.raises(UserError, match="--model-step=9"):
         find_checkpoint("base", "d4", 9)
 
 

@@ -252,4 +252,4 @@ def test_a_corrupt_tokenizer_and_a_missing_model_are_told(base_dir: Path, text: 
     result = run_recipe("base_train", *TINY, f"--data-dir={text}", base=base_dir)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "tokenizer.json" in result.stderr
     result = run_recipe("chat_cli", "-p", "hi", base=base_dir)
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "no sft model" in result.stderr
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "no sft model is there" in result.stderr
