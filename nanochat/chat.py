@@ -26,11 +26,12 @@ always ends in user_end, assistant_start.
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, TypedDict
+from typing import Literal, TypedDict
 
-from nanochat.common import UserError
+from nanochat.common import UserError, printable
 from nanochat.tokenizer import Tokenizer
 
+SHORTEST_PROMPT = 4  # bos, user_start, user_end, assistant_start
 Tokens = tuple[list[int], list[int]]  # ids and mask, of one length
 
 
@@ -62,16 +63,6 @@ class Conversation(_Messages, total=False):
     subject: str
     entry_point: str  # programs: the function under test, and the test's source
     test: str
-
-
-class Task(Protocol):
-    """A set of conversations with a way to judge a reply to one of them (`tasks.common` has the base class)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Conversation: ...
-
-    def evaluate(self, conversation: Conversation, reply: str) -> bool: ...
 
 
 # Checking -------------------------------------------------------------------------------------------------------
@@ -133,8 +124,10 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
 
     If the last message is the assistant's, that is the one to be written anew: it is left out.
     """
-    if max_tokens < 4:
-        raise UserError(f"max_tokens={max_tokens}: must be at least 4, the tokens around an empty user message")
+    if max_tokens < SHORTEST_PROMPT:
+        raise UserError(
+            f"max_tokens={max_tokens}: must be at least {SHORTEST_PROMPT}, which frame an empty user message"
+        )
     check_conversation(conversation)
     messages = conversation["messages"]
     if messages[-1]["role"] == "assistant":
@@ -275,6 +268,5 @@ def visualize_tokens(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[in
     """
     pieces = []
     for token_id, supervised in zip(ids, mask, strict=True):
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([token_id]))
-        pieces.append(f"\033[{32 if supervised else 31}m{text}\033[0m")
+        pieces.append(f"\033[{32 if supervised else 31}m{printable(tokenizer.decode([token_id]))}\033[0m")
     return "|".join(pieces)

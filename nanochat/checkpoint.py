@@ -1,8 +1,6 @@
-"""Runs on disk. A checkpoint appears whole or not at all, and says itself whether it is intact.
+"""Checkpoints on disk: one appears whole or not at all, and says itself whether it is intact.
 
-    <base>/checkpoints/<source>/<tag>/     source: base, mid, sft, rl
-        run.json                           the command's flags and whether the run has finished
-        metrics.jsonl                      one record per step
+    <base>/checkpoints/<source>/<tag>/     source: base, mid, sft, rl; the folder of one run (train/run.py)
         step_000100/
             model.safetensors  optimizer.safetensors  loader.safetensors
             meta.json  tokenizer.json      configuration, progress, loader position; the tokenizer lives with the model
@@ -17,8 +15,7 @@ import json
 import os
 import re
 import shutil
-from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,15 +29,13 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
-from nanochat.common import UserError, atomic_write, base_dir, print0, sync_file
+from nanochat.common import UserError, base_dir, sync_file
 from nanochat.config import ModelConfig
 from nanochat.model.gpt import GPT, empty_model
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import Runtime
 from nanochat.tokenizer import Tokenizer
 
-SOURCES = ("base", "mid", "sft", "rl")
-KEEP_LAST = 2  # intermediate checkpoints kept while a run goes on
+FILES = {"model.safetensors", "optimizer.safetensors", "loader.safetensors", "meta.json", "tokenizer.json"}
 
 
 class Resumable(Protocol):
@@ -72,10 +67,12 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
         """Raises UserError naming the first file that is missing or damaged."""
-        manifest = read_json(folder / "manifest.json")
-        for name, expected in manifest["files"].items():
+        files = read_json(folder / "manifest.json").get("files")
+        if not isinstance(files, dict) or set(files) != FILES:
+            raise UserError(f"{folder / 'manifest.json'}: does not list the files of a checkpoint; delete {folder}")
+        for name, expected in files.items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            if not path.is_file() or expected != describe_file(path):
                 raise UserError(
                     f"{path}: missing or damaged (it differs from the manifest); delete {folder} and use an "
                     "older checkpoint with --resume=STEP or --step"
@@ -115,189 +112,6 @@ class Checkpoint:
         loader.load_state({**self.meta["loader"], **load_arrays(self.folder / "loader.safetensors")})
 
 
-class Run:
-    """One training run: a folder, the point it starts from, and saving.
-
-    A run that starts afresh lives in a hidden folder until its first checkpoint stands; only then does it take the
-    place of what bore its tag before. So a new run that fails or is stopped early costs nothing.
-    """
-
-    def __init__(
-        self, folder: Path, args: Namespace, rt: Runtime, checkpoint: Checkpoint | None, finished: bool
-    ) -> None:
-        self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
-        self.final_folder = folder
-        self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
-        # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
-        self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
-
-    @classmethod
-    def open(cls, source: str, tag: str, args: Namespace, rt: Runtime) -> "Run":
-        """Start or continue a run according to --resume and --overwrite in `args`; every rank calls this.
-
-        Raises UserError rather than replace a run that is finished or could be continued, unless told to, and where
-        the flags are not those of the run that is to be continued.
-        """
-        folder = run_folder(source, tag)
-        steps = saved_steps(folder)
-        record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-        finished = record.get("status") == "finished"
-        if args.resume == "no" and steps and not args.overwrite:
-            hint = "" if finished else "continue it with --resume=auto, "
-            raise UserError(
-                f"{folder}: holds a {'finished' if finished else 'stopped'} run at step {steps[-1]}; {hint}replace it "
-                "with --overwrite, or choose another --model-tag"
-            )
-        checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
-        if checkpoint:
-            check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
-        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto")
-        rt.barrier()  # all have looked before anybody changes anything
-        if rt.is_main and checkpoint is None:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            make_folder(run.folder)
-        rt.barrier()
-        return run
-
-    @staticmethod
-    def _resume_checkpoint(folder: Path, steps: list[int], resume: str | int) -> Checkpoint | None:
-        if resume == "no" or (resume == "auto" and not steps):
-            return None
-        wanted = steps[-1] if resume in ("auto", "newest") and steps else resume
-        if wanted not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"--resume={resume}: {folder} has no such checkpoint; there are: {there}")
-        return Checkpoint.open(folder / f"step_{wanted:06d}")
-
-    @property
-    def start(self) -> int:
-        return self.checkpoint.step if self.checkpoint else 0
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    def check_horizon(self, num_steps: int) -> None:
-        """Raise UserError where the run is past the end that it is now given."""
-        if self.start > num_steps:
-            raise UserError(
-                f"{self.folder}: is at step {self.start} already, past the {num_steps} steps asked for; give a longer "
-                "horizon, or an earlier checkpoint with --resume=STEP"
-            )
-
-    def restore(self, model: GPT, optimizer: MuonAdamW, loader: Resumable, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Put weights, optimizer and data position back to the checkpoint's, if there is one; return its progress.
-
-        Raises UserError where model or tokenizer are not the checkpoint's.
-        """
-        if self.checkpoint is None:
-            return {}
-        saved, now = self.checkpoint.config.to_dict(), model.config.to_dict()
-        changed = [f"{name}: {saved[name]} -> {now[name]}" for name in saved if saved[name] != now[name]]
-        if changed:
-            raise UserError(
-                f"--resume: the model differs from {self.checkpoint.folder} ({'; '.join(changed)}); give the "
-                "flags of the first run, or another --model-tag"
-            )
-        check_tokenizer(self.checkpoint, tokenizer)
-        self.checkpoint.load_model(model)
-        self.checkpoint.load_optimizer(optimizer)
-        self.checkpoint.load_loader(loader)
-        print0(f"continuing from step {self.start} of {self.folder}")
-        return dict(self.checkpoint.meta["progress"])
-
-    def save(
-        self,
-        step: int,
-        model: GPT,
-        optimizer: MuonAdamW,
-        loader: Resumable,
-        tokenizer: Tokenizer,
-        progress: Mapping[str, Any],
-        plan: Mapping[str, Any],
-    ) -> None:
-        """Write a checkpoint, then drop all but the last few.
-
-        progress: what the loop needs to go on. plan: what a later stage inherits (total_batch_tokens, base_rates).
-        """
-        state = loader.state()
-        if self.rt.is_main and (step != self.start or self.checkpoint is None):
-            arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
-            meta = {
-                "step": step,
-                "model_config": model.config.to_dict(),
-                "args": vars(self.args),
-                "progress": dict(progress),
-                "tokenizer": tokenizer.fingerprint,
-                "loader": {name: value for name, value in state.items() if name not in arrays},
-                "plan": dict(plan),
-            }
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                "model": dict(model.named_parameters()),
-                "optimizer": optimizer.state_dict(),
-            }
-            write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
-            self._write_status("running")
-            self._take_place()
-            self._drop([old for old in self._stale if old != step])
-            self._stale = []
-            self._drop(saved_steps(self.folder)[:-KEEP_LAST])
-        self.folder = self.final_folder
-        self.rt.barrier()
-
-    def _take_place(self) -> None:
-        """Move from the hidden folder to the run's own."""
-        if self.folder != self.final_folder:
-            replaced = self.final_folder.with_name(f".{self.final_folder.name}.old")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if self.final_folder.exists():
-                os.replace(self.final_folder, replaced)
-            os.replace(self.folder, self.final_folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.folder = self.final_folder
-
-    def _drop(self, steps: Sequence[int]) -> None:
-        for step in steps:
-            shutil.rmtree(self.folder / f"step_{step:06d}")
-
-    def finish(self) -> None:
-        """Mark the run as complete: it is never overwritten or continued silently."""
-        self._write_status("finished")
-
-    def _write_status(self, status: str) -> None:
-        if self.rt.is_main:
-            record = {"status": status, "args": vars(self.args)}
-            with atomic_write(self.folder / "run.json") as path:
-                path.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-# Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
-FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
-FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # the loader checks the data itself
-HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
-
-
-def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
-    """Raise UserError where a run is continued with other flags than it was started with; a new horizon is allowed
-    unless the run has finished, and told."""
-    now = vars(args)
-    changed = [name for name in first if name not in FREE_FLAGS and first[name] != now.get(name)]
-    told = ", ".join(f"--{name.replace('_', '-')}: {first[name]} -> {now.get(name)}" for name in changed)
-    if changed and finished:
-        raise UserError(f"{folder}: finished with other flags ({told}); use --overwrite or another --model-tag")
-    if set(changed) - HORIZON_FLAGS:
-        raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
-    if changed:
-        print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another NANOCHAT_BASE_DIR") from error
-
-
 def write_checkpoint(
     folder: Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
@@ -316,14 +130,12 @@ def write_checkpoint(
         save_arrays(dict(arrays), temporary / "loader.safetensors")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         (temporary / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())
-        }
+        files = {path.name: describe_file(path) for path in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
+        for path in [*temporary.iterdir(), temporary]:
             sync_file(path)
         if folder.exists():
-            shutil.rmtree(folder)
+            remove(folder)
         os.replace(temporary, folder)
         sync_file(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -353,7 +165,7 @@ def find_checkpoint(source: str, tag: str = "", step: int | None = None, prefix:
     folder = base_dir() / "checkpoints" / source
     tags = [path for path in folder.iterdir() if path.name[0] != "." and saved_steps(path)] if folder.is_dir() else []
     if not tags:
-        elsewhere = ", ".join(s for s in SOURCES if s != source and (base_dir() / "checkpoints" / s).is_dir())
+        elsewhere = ", ".join(s for s in TRAINERS if s != source and (base_dir() / "checkpoints" / s).is_dir())
         raise UserError(
             f"{folder}: no {source} model is there; train one with `python -m scripts.{TRAINERS[source]}`"
             + (f", choose another --source ({elsewhere})" if elsewhere else "")
@@ -381,6 +193,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; the checkpoint is damaged, delete its folder")
     return content
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint's folder; at no time does a part of it bear its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def sha256(path: Path) -> str:

@@ -11,15 +11,19 @@ five mistakes hears of all five at once, one line each, before anything is writt
 
 import argparse
 import difflib
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import UserError, base_dir, prepare_process, print0
+from nanochat import config
+from nanochat.common import FlagError, UserError, base_dir, print0, printable
+from nanochat.common import run as run  # how every recipe ends
 
 Check = Callable[[argparse.Namespace], str | None]
+SHOWN_CHARS = 100  # of a mistaken word
 
 
 class Parser:
@@ -79,7 +83,7 @@ class Parser:
         if not self._problems:
             self._problems += [problem for check in self._checks if (problem := check(args))]
         if self._problems:
-            raise UserError("\n".join(self._problems))
+            raise FlagError("\n".join(self._problems))
         return args
 
     def _given(self, argv: list[str]) -> list[tuple[argparse.Action, str | None]]:
@@ -145,22 +149,7 @@ def _metavar(kind: Callable[[str], Any]) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    return "\\n".join(text.splitlines())
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call a recipe's `main` as the process: a UserError becomes lines on stderr and exit code 2."""
-    prepare_process()
-    try:
-        main()
-    except UserError as error:
-        sys.stdout.flush()
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    return printable(text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}...")
 
 
 # Kinds of value ------------------------------------------------------------------------------------------------
@@ -170,8 +159,9 @@ def number_between(low: float, high: float = float("inf"), whole: bool = False) 
     """A kind for numbers in [low, high]."""
 
     def number(text: str) -> float | int:
-        allowed = f"a {'whole ' if whole else ''}number of at least {low:.15g}"
-        allowed += f" and at most {high:.15g}" if high < float("inf") else ""
+        shown = str if whole else "{:.15g}".format
+        allowed = f"a {'whole ' if whole else ''}number of at least {shown(low)}"
+        allowed += f" and at most {shown(high)}" if high < float("inf") else ""
         try:
             value: float | int = int(text.replace("_", "")) if whole else float(text)
         except ValueError:
@@ -184,21 +174,32 @@ def number_between(low: float, high: float = float("inf"), whole: bool = False) 
     return number
 
 
-positive_int = number_between(1, whole=True)
-non_negative_int = number_between(0, whole=True)
-non_negative_float = number_between(0)
+# Bounds far beyond any use, and far below what overflows or never ends.
+positive_int = number_between(1, 10**12, whole=True)
+non_negative_int = number_between(0, 10**12, whole=True)
+positive_float = number_between(1e-9, 1e12)
+non_negative_float = number_between(0, 1e12)
 fraction = number_between(0, 1)
+flops = number_between(1, 1e30)
+depth = number_between(1, 1000, whole=True)
+sequence_length = number_between(2, 2**24, whole=True)
+vocabulary_size = number_between(1, 2**20, whole=True)
+seed = number_between(0, 2**63 - 1, whole=True)
 
 
-def positive_float(text: str) -> float:
-    """A number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError("must be a number above 0") from None
-    if not 0 < value < float("inf"):
-        raise ValueError("must be a number above 0")
+def head_dim(text: str) -> int:
+    """Channels of an attention head."""
+    value = int(number_between(2, 2**16, whole=True)(text))
+    if value % 2:
+        raise ValueError(config.EVEN_HEAD_DIM)
     return value
+
+
+def some_text(text: str) -> str:
+    """Any text but none."""
+    if not text.strip():
+        raise ValueError("must not be empty; leave the flag out or give it a text")
+    return text
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -206,7 +207,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
     def word(text: str) -> str:
         if text not in choices:
-            raise ValueError(f"choose one of {', '.join(choice or repr(choice) for choice in choices)}")
+            raise ValueError(f"choose one of {', '.join(filter(None, choices))}")
         return text
 
     word.__name__ = "|".join(choice for choice in choices if choice)
@@ -215,8 +216,10 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 def folder_name(text: str) -> str:
     """A name that can be one folder."""
-    if text in (".", "..") or text.startswith(".") or "/" in text or "\\" in text:
-        raise ValueError("must be a plain folder name, without slashes and leading dots")
+    if text.startswith(".") or "/" in text or "\\" in text or not text.isprintable() or len(text.encode()) > 200:
+        raise ValueError(
+            "must be a plain folder name: no slashes, leading dots or control characters, 200 bytes at most"
+        )
     return text
 
 
@@ -252,7 +255,7 @@ def resume_point(text: str) -> str | int | None:
     if step == -1:  # the ancestor's default: no resume
         return "no"
     if step < 0 and step != -2:
-        raise ValueError("must be auto, no, or a step number (-2: the newest)")
+        raise ValueError("must be auto, no, or the number of a step that was saved")
     return "newest" if step == -2 else step
 
 
@@ -261,19 +264,37 @@ def resume_point(text: str) -> str | int | None:
 
 def add_device_flags(parser: Parser) -> None:
     parser.flag("--device-type", one_of("", "cuda", "cpu", "mps", "xpu"), "", "device; empty: the best one here")
-    parser.flag("--seed", non_negative_int, 42, "seed of every random choice")
+    parser.flag("--seed", seed, 42, "seed of every random choice")
     parser.switch("--offline", "never use the network")
 
 
 def add_run_flags(parser: Parser) -> None:
     """Flags of every recipe that trains."""
     add_device_flags(parser)
-    parser.flag("--run", str, "", "name shown by the loggers; empty: the model tag")
-    parser.flag("--model-tag", folder_name, "", "checkpoint folder to write; empty: d<depth>", "-g")
-    parser.flag("--resume", resume_point, "no", "auto, a step number, or no", "--resume-from-step", metavar="auto|STEP")
+    parser.flag("--run", folder_name, "", "name of the run: the model tag where none is given; dummy: no name")
+    parser.flag("--model-tag", folder_name, "", "checkpoint folder to write; empty: --run, else derived", "-g")
+    resume = "auto: go on from the newest checkpoint if there is one; STEP: from that one; -2: from the newest"
+    parser.flag("--resume", resume_point, "no", resume, "--resume-from-step", metavar="auto|STEP|no")
     parser.switch("--overwrite", "replace an earlier run of the same tag")
+    parser.check(_resume_or_overwrite)
     parser.flag("--logger", one_of("console", "none"), "console", "who shows progress; metrics.jsonl is always written")
     parser.flag("--compile", one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs")
+
+
+def _resume_or_overwrite(args: argparse.Namespace) -> str | None:
+    both = args.overwrite and args.resume != "no"
+    return "--resume, --overwrite: give one of them; one goes on with a run, the other replaces it" if both else None
+
+
+def run_tag(args: argparse.Namespace, default: str) -> str:
+    """The folder of the run that the flags ask for. --run=dummy is the ancestor's way to give no name."""
+    return str(args.model_tag or ("" if args.run == "dummy" else args.run) or default)
+
+
+def at_most_one(args: argparse.Namespace, names: Sequence[str]) -> str | None:
+    """The rule that no two of these flags are given, None being their default."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    return f"{', '.join(given)}: give one of them" if len(given) > 1 else None
 
 
 def add_model_choice_flags(parser: Parser, default: str) -> None:
@@ -287,14 +308,16 @@ DEVICE_BATCH_SIZE = 32  # rows per device where nothing says otherwise
 
 
 def add_data_flags(parser: Parser) -> None:
-    parser.flag("--data-dir", str, "", "parquet, jsonl or txt file, or a folder of them; empty: the downloaded shards")
+    parser.flag(
+        "--data-dir", str, "", "parquet, jsonl or txt file, folder of them, or stdlib; empty: <base>/base_data_climbmix"
+    )
 
 
 def data_folder(args: argparse.Namespace) -> Path:
     """Where the pretraining text is."""
     folder = Path(args.data_dir) if args.data_dir else base_dir() / "base_data_climbmix"
-    if not args.data_dir and not folder.exists():
-        raise UserError(f"--data-dir: not given, and {folder} does not exist; give a file or folder of text")
+    if not args.data_dir and not os.path.exists(folder):
+        raise UserError(f"--data-dir: not given, and {folder} does not exist; give a file or folder of text, or stdlib")
     return folder
 
 
@@ -326,14 +349,14 @@ def given_rates(args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_architecture_flags(parser: Parser) -> None:
-    """Switches of `ModelConfig`; the defaults are the best known, the rest is for experiments."""
-    parser.flag("--aspect-ratio", positive_int, 64, "width per layer")
-    parser.flag("--head-dim", number_between(2, whole=True), 128, "width per attention head")
-    parser.flag("--layer-pattern", str, "A", "mixer letters, tiled over the layers")
-    parser.flag("--window-pattern", str, "SSSL", "S short or L full attention, tiled; the last layer is always L")
-    parser.flag("--residual", str, "lambdas", "residual scheme")
-    parser.flag("--mlp-activation", str, "relu2", "activation of the MLP")
-    parser.flag("--softcap", non_negative_float, 15.0, "logit cap, 0 off")
+    """Switches of `ModelConfig`, whose own defaults are the best known; the rest is for experiments."""
+    known = config.ModelConfig()
+    parser.flag("--layer-pattern", config.layer_pattern, known.layer_pattern, "mixer letters, tiled over the layers")
+    windows = "S short or L full attention, tiled; the last layer is always L"
+    parser.flag("--window-pattern", config.window_pattern, known.window_pattern, windows)
+    parser.flag("--residual", some_text, known.residual, "residual scheme")
+    parser.flag("--mlp-activation", some_text, known.mlp_activation, "activation of the MLP")
+    parser.flag("--softcap", non_negative_float, known.softcap, "logit cap, 0 off")
     parser.switch("--doc-mask", "attention and positions stop at document borders")
     parser.switch("--no-qk-norm", "without the norm on queries and keys")
     parser.switch("--no-value-embeddings", "without value embeddings")

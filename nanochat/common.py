@@ -4,23 +4,33 @@ This module never imports torch, so that `--help` stays instant. Environment var
 `parallel.runtime`) and nowhere else.
 """
 
+import errno
+import gzip
+import io
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 
 
 class UserError(ValueError):
     """Something the user can cause and mend. The message says what was given, what is allowed, what to do.
 
-    Recipes print it as one line and leave with exit code 2 (`cli.run`).
+    Recipes print it as one line and leave with exit code 2 (`run`).
     """
+
+
+class FlagError(UserError):
+    """Mistakes in a command line. Every rank has the same one, so one of them tells."""
 
 
 def base_dir() -> Path:
@@ -35,9 +45,28 @@ def requested_dtype() -> str | None:
 
 
 def launch_ranks() -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) as torchrun sets them; (0, 1, 0) for a plain process."""
-    rank, world, local = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return (int(rank), int(world), int(local or 0)) if rank is not None and world is not None else (0, 1, 0)
+    """(rank, world_size, local_rank) as torchrun sets them; (0, 1, 0) for a plain process.
+
+    Raises UserError where one of them is no number: torchrun does not do that.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: value for name in names if (value := os.environ.get(name)) is not None}
+    for name, value in given.items():
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise UserError(f"{name}={printable(value)}: must be a whole number, as torchrun sets it; else unset it")
+    if not {"RANK", "WORLD_SIZE"} <= given.keys():
+        return 0, 1, 0
+    rank, world, local = (int(given.get(name, "0")) for name in names)
+    if rank >= world:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={world}: ranks are numbered from 0 to WORLD_SIZE - 1; unset them both"
+        )
+    return rank, world, local
+
+
+def printable(text: str) -> str:
+    """`text` on one line: characters that would move the cursor or change the colour are escapes such as \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def print0(*args: object) -> None:
@@ -58,6 +87,58 @@ def prepare_process(offline: bool = False) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def run(main: Callable[[], None]) -> None:
+    """Call a recipe's `main` as the process. What goes wrong becomes lines on stderr and an exit code, no traceback.
+
+    2: a UserError. 1: a training that diverged or found no memory. 130: Ctrl-C. 141: our reader left, as `| head` does.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        try:
+            code = _exit_code(main)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the process's end
+        code = 141
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    is_first = True
+    try:
+        is_first = launch_ranks()[0] == 0
+        prepare_process()
+        main()
+    except UserError as error:
+        return _fail(2, str(error)) if is_first or not isinstance(error, FlagError) else 2
+    except (FloatingPointError, MemoryError) as error:
+        return _fail(1, str(error) or "out of memory")
+    except KeyboardInterrupt:
+        goes_on = "; a training run goes on from its last checkpoint with --resume=auto" if _can_resume(main) else ""
+        return _fail(130, f"interrupted{goes_on}", prefix="\n") if is_first else 130
+    return 0
+
+
+def _fail(code: int, message: str, prefix: str = "error: ") -> int:
+    sys.stdout.flush()
+    for line in message.splitlines():
+        print(f"{prefix}{line}", file=sys.stderr)
+    return code
+
+
+def _can_resume(main: Callable[[], None]) -> bool:
+    """Whether the recipe of this `main` has --resume."""
+    parse_args = getattr(sys.modules[main.__module__], "parse_args", None)
+    try:
+        return parse_args is not None and hasattr(parse_args(sys.argv[1:]), "resume")
+    except UserError:
+        return False
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; when the block ends well it is synced and renamed to `path`, else removed.
@@ -72,12 +153,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: could not be written ({error.strerror or error}); free some space or choose another folder "
-            "with NANOCHAT_BASE_DIR"
+            f"{path}: could not be written ({error.strerror or error}); {_writing_advice(error)}"
         ) from error
     finally:
         with suppress(OSError):  # a folder that cannot be entered holds no temporary file either
             temporary.unlink(missing_ok=True)
+
+
+def _writing_advice(error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    return "free some space" if full else "choose another folder with NANOCHAT_BASE_DIR"
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError where a file `path` could not be written, before hours are spent on it. Writes nothing."""
+    folder = next(parent for parent in path.parents if os.path.exists(parent))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        reason = "you may not write there" if folder.is_dir() else f"{folder} is no folder"
+        raise UserError(f"{path}: cannot be written ({reason}); choose another folder with NANOCHAT_BASE_DIR")
 
 
 def sync_file(path: Path) -> None:
@@ -87,6 +180,32 @@ def sync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def reading(path: Path, where: str = "", *also: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong while `path` is read into a UserError that names it. also: more kinds of error."""
+    kinds: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *also)
+    try:
+        yield
+    except kinds as error:
+        reason = (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]
+        advice = {
+            errno.ENOENT: "check the path",
+            errno.ENOTDIR: "check the path",
+            errno.ENAMETOOLONG: "check the path",
+            errno.EACCES: "its permissions do not let you",
+        }.get(getattr(error, "errno", None) or 0, "it may be truncated or corrupt, fetch it again")
+        raise UserError(f"{path}{where}: cannot be read ({reason}); {advice}") from error
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file for reading, unpacked where its name ends in .gz, placed after a byte order mark."""
+    with reading(path), gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+        if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            file.seek(0)
+        yield cast(IO[bytes], file)
 
 
 def report_folder() -> Path:

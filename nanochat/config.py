@@ -4,6 +4,8 @@ The configuration is frozen and flat. What follows from it (head width, padded v
 window) is a property, so it can never disagree with the fields. This module never imports torch.
 """
 
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +13,24 @@ from nanochat.common import UserError
 
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this: tensor cores and 2 to 64-way sharding divide it
 WINDOW_MULTIPLE = 128  # short windows are rounded up to the attention kernels' block
+
+COUNT_FLAGS = {"sequence_len": "--max-seq-len", "vocab_size": "--vocab-size", "n_layer": "--depth"}
+WIDTHS = ("n_head", "n_kv_head", "n_embd")
+EVEN_HEAD_DIM = "must be even: rotary positions turn pairs of channels"
+
+
+def layer_pattern(text: str) -> str:
+    """`text`, if it may be one; which letters are known is the model's affair. ValueError says what is allowed."""
+    if not re.fullmatch("[A-Za-z]+", text):
+        raise ValueError("must be letters, one for each kind of layer, for example A")
+    return text
+
+
+def window_pattern(text: str) -> str:
+    """`text`, if it is one. ValueError says what is allowed."""
+    if not re.fullmatch("[SL]+", text):
+        raise ValueError("must be made of the letters S (short) and L (full), for example SSSL")
+    return text
 
 
 @dataclass(frozen=True)
@@ -38,21 +58,31 @@ class ModelConfig:
     doc_mask: bool = False  # attention, smear and positions stop at document borders inside a packed row
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        if self.head_dim % 2:
-            raise UserError(f"head width {self.head_dim} (n_embd / n_head) must be even for rotary positions")
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"window_pattern={self.window_pattern!r}: use the letters S (short) and L (full)")
-        if not self.layer_pattern:
-            raise UserError("layer_pattern is empty: give one letter per layer kind, for example A")
+        if problems := list(self._problems()):
+            raise UserError("\n".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        """Everything that is wrong, each in the words of the flag that the value comes from."""
+        counts = {flag: getattr(self, name) for name, flag in COUNT_FLAGS.items()}
+        counts |= {f"{name} (of --aspect-ratio, --head-dim)": getattr(self, name) for name in WIDTHS}
+        yield from (f"{name}={value}: must be at least 1" for name, value in counts.items() if value < 1)
+        if min(counts.values()) >= 1:
+            if self.n_embd % self.n_head:
+                yield f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}; give another --head-dim"
+            elif self.head_dim % 2:
+                yield f"--head-dim={self.head_dim}: {EVEN_HEAD_DIM}"
+            if self.n_head % self.n_kv_head:
+                yield f"n_head={self.n_head}: must be a multiple of n_kv_head={self.n_kv_head}"
+        for flag, kind, value in (
+            ("--layer-pattern", layer_pattern, self.layer_pattern),
+            ("--window-pattern", window_pattern, self.window_pattern),
+        ):
+            try:
+                kind(value)
+            except ValueError as error:
+                yield f"{flag}={value}: {error}"
         if self.softcap < 0:
-            raise UserError(f"softcap={self.softcap}: must be 0 (off) or positive")
+            yield f"--softcap={self.softcap}: must be 0 (off) or positive"
 
     @property
     def head_dim(self) -> int:

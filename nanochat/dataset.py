@@ -5,6 +5,7 @@
     .parquet              one document per row, in the string column `text`
     .jsonl, .jsonl.gz     one document per line, in the field "text"
     .txt, .txt.gz         one document per file
+    stdlib                the word in place of a path: the running Python's library with its own split (`stdlib_corpus`)
 
 Files are taken in order of name; hidden files, sub-folders and other kinds (csv, md, ...) are passed over. What can be
 checked cheaply (existence, emptiness, parquet footers and columns) is checked at once; the texts are read later, a
@@ -17,19 +18,17 @@ The split depends on what there is (`Corpus.describe()` says which rule was used
     two or more txt files             file by file: about one in 10, by a hash of its name, is validation
     one txt file                      its last tenth, from a line start on, is validation
 
-A folder with shards and txt files applies the shards' rule to the shards and the txt rule to the txt files. A hash
-decision looks at nothing but the one text or name, so adding files never moves a document across. The single exception
-is that no side may stay empty: then the text or name with the smallest hash goes to validation, or the one with the
-largest to train.
+Several files are split by file, so that nothing of one file is on both sides. A lone file cannot be: it is split by
+document, because a document is the smallest unit that is never cut. The one exception is a lone txt file, which is a
+single document. In a mixed folder each kind follows its own rule. A hash decision looks at nothing but the one text or
+name, so adding files never moves a document across, unless a side would stay empty: then the text or name with the
+smallest hash goes to validation, or the one with the largest to train.
 """
 
-import gzip
 import hashlib
-import io
 import json
-import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -39,7 +38,8 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.common import UserError, open_bytes, reading, run
+from nanochat.stdlib_corpus import STDLIB, LibrarySource, read_library
 
 BLOCK_DOCUMENTS = 1024
 VAL_ONE_DOCUMENT_IN = 20
@@ -48,20 +48,42 @@ KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
 
 
 class Source(Protocol):
-    """One file's documents, in blocks."""
+    """Documents in blocks, from a file or elsewhere (`stdlib_corpus.LibrarySource`)."""
 
     path: Path
-
-    @property
-    def num_documents(self) -> int | None: ...
 
     @property
     def num_blocks(self) -> int: ...
 
     def read(self, block: int) -> list[str]: ...
 
+    def documents(self) -> Iterator[str]: ...
+
+    def stamp(self) -> list[object]: ...
+
+
+class FileSource(ABC):
+    """The source that a file is, or a side of one."""
+
+    path: Path
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """How many blocks there are; may take one pass over the file."""
+
+    @abstractmethod
+    def read(self, block: int) -> list[str]:
+        """The documents of a block, at most 1,024."""
+
     def documents(self) -> Iterator[str]:
+        """All documents in order."""
         return (text for block in range(self.num_blocks) for text in self.read(block))
+
+    def stamp(self) -> list[object]:
+        """What tells this file from others."""
+        with reading(self.path):
+            return [self.path.name, self.path.stat().st_size]
 
 
 @dataclass(frozen=True)
@@ -82,12 +104,6 @@ class Split:
     name: str
     sources: tuple[Source, ...]
 
-    @property
-    def num_documents(self) -> int | None:
-        """Documents, empty ones included, or None where counting would mean reading the texts."""
-        counts = [source.num_documents for source in self.sources]
-        return None if None in counts else sum(filter(None, counts))
-
     def documents(self) -> Iterator[str]:
         """One pass over all documents in file order."""
         for source in self.sources:
@@ -99,8 +115,8 @@ class Split:
 
     def fingerprint(self) -> str:
         """Names one side of one set of files: sha256 over the side and each file's name and size."""
-        names = [[source.path.name, source.path.stat().st_size] for source in self.sources]
-        return hashlib.sha256(json.dumps([self.name, names]).encode()).hexdigest()
+        stamps = [source.stamp() for source in self.sources]
+        return hashlib.sha256(json.dumps([self.name, stamps]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,11 @@ class Corpus:
 
 def open_corpus(path: Path) -> Corpus:
     """The documents of a file or folder, split as the module docstring says. UserError where something is wrong."""
-    files = _files_at(Path(path))
+    if path == Path(STDLIB) and not path.exists():
+        train, val = (Split(side, (LibrarySource(side),)) for side in ("train", "val"))
+        return Corpus(path, train, val, str(read_library()))
+    with reading(path):
+        files = _files_at(path)
     texts = [file for file in files if _kind(file) in (".txt", ".txt.gz")]
     shards = [file for file in files if file not in texts]
     parts = [split(group) for split, group in ((_split_shards, shards), (_split_texts, texts)) if group]
@@ -128,7 +148,7 @@ def open_corpus(path: Path) -> Corpus:
         return Split(name, tuple(sorted(chain(*sources), key=lambda source: source.path.name)))
 
     train, val = side("train", (part[0] for part in parts)), side("val", (part[1] for part in parts))
-    return Corpus(Path(path), train, val, "; ".join(part[2] for part in parts))
+    return Corpus(path, train, val, "; ".join(part[2] for part in parts))
 
 
 def _files_at(path: Path) -> list[Path]:
@@ -161,15 +181,17 @@ Sides = tuple[list[Source], list[Source], str]  # train, val, the rule in words
 def _split_shards(files: list[Path]) -> Sides:
     sources: list[Source] = [ParquetSource(f) if _kind(f) == ".parquet" else JsonlSource(f) for f in files]
     if len(files) > 1:
-        rule = f"{len(files)} shards, the last by name ({files[-1].name}) is validation"
-        return sources[:-1], sources[-1:], rule
-    rule = f"about 1 document in {VAL_ONE_DOCUMENT_IN} of {files[0].name}, by a hash of its text, is validation"
+        return sources[:-1], sources[-1:], f"{len(files)} shards, the last by name ({files[-1].name}) is validation"
+    rule = (
+        f"{files[0].name} is one file, so it is split by document: about 1 in {VAL_ONE_DOCUMENT_IN}, by a hash of its "
+    )
+    rule += "text, is validation"
     return [SideSource(sources[0], is_val=False)], [SideSource(sources[0], is_val=True)], rule
 
 
 def _split_texts(files: list[Path]) -> Sides:
     if len(files) == 1:
-        rule = f"the last tenth of {files[0].name}, from a line start on, is validation"
+        rule = f"{files[0].name} is one document, so it is cut: its last tenth, from a line start on, is validation"
         return [TextSource(files[0], "train")], [TextSource(files[0], "val")], rule
     by_hash = sorted(files, key=lambda file: _hash(file.name))
     val = {file for file in files if _hash(file.name) % VAL_ONE_FILE_IN == 0} or {by_hash[0]}
@@ -184,10 +206,8 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
 
 
-class SideSource(Source):
+class SideSource(FileSource):
     """The documents of a lone file that are on one side."""
-
-    num_documents = None
 
     def __init__(self, source: Source, is_val: bool) -> None:
         self.path = source.path
@@ -207,8 +227,7 @@ class SideSource(Source):
     def _is_mine(self, text: str) -> bool:
         number = _hash(text)
         to_train, to_val = self._moved
-        is_val = number == to_val or (number % VAL_ONE_DOCUMENT_IN == 0 and number != to_train)
-        return is_val == self._is_val
+        return (number == to_val or (number % VAL_ONE_DOCUMENT_IN == 0 and number != to_train)) == self._is_val
 
     @cached_property
     def _moved(self) -> tuple[int | None, int | None]:
@@ -228,23 +247,7 @@ class SideSource(Source):
 # The kinds of file ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _reading(path: Path, where: str = "") -> Iterator[None]:
-    """Turn what goes wrong while reading a file into a UserError that names the file."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or repr(error)).splitlines()[0]
-        raise UserError(
-            f"{path}{where}: could not be read ({reason}); the file may be truncated or corrupt, fetch it again"
-        ) from error
-
-
-def _open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-class ParquetSource(Source):
+class ParquetSource(FileSource):
     """A parquet file. A block is a row group, or 1,024 rows of a larger one.
 
     A slice of a larger row group is reached by decoding what lies before it: write groups of at most 1,024 rows.
@@ -252,7 +255,7 @@ class ParquetSource(Source):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _reading(path), pq.ParquetFile(path) as file:
+        with reading(path, "", pa.ArrowException), pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         if "text" not in schema.names:
@@ -262,7 +265,6 @@ class ParquetSource(Source):
             raise UserError(f"{path}: column `text` holds {kind}; it must hold strings")
         if not any(group_rows):
             raise UserError(f"{path}: holds no rows; remove it or fetch it again")
-        self._num_rows = sum(group_rows)
         self._blocks = [  # row group, first row in it, first row in the file
             (group, start, sum(group_rows[:group]) + start)
             for group, rows in enumerate(group_rows)
@@ -270,16 +272,13 @@ class ParquetSource(Source):
         ]
 
     @property
-    def num_documents(self) -> int:
-        return self._num_rows
-
-    @property
     def num_blocks(self) -> int:
         return len(self._blocks)
 
     def read(self, block: int) -> list[str]:
         group, start, first_row = self._blocks[block]
-        with _reading(self.path, f", row group {group}"), pq.ParquetFile(self.path) as file:
+        where = f", row group {group}"
+        with reading(self.path, where, pa.ArrowException), pq.ParquetFile(self.path) as file:
             batches = file.iter_batches(batch_size=BLOCK_DOCUMENTS, row_groups=[group], columns=["text"])
             values = islice(chain.from_iterable(batch.column(0) for batch in batches), start, start + BLOCK_DOCUMENTS)
             texts = [self._text(value, first_row + i) for i, value in enumerate(values)]
@@ -295,7 +294,7 @@ class ParquetSource(Source):
         return str(text)
 
 
-class JsonlSource(Source):
+class JsonlSource(FileSource):
     """Lines of JSON objects. A block is 1,024 lines; blank lines do not count.
 
     The first use counts the lines and remembers where each block starts. In a .gz file a block is reached by
@@ -306,20 +305,16 @@ class JsonlSource(Source):
         self.path = path
 
     @property
-    def num_documents(self) -> int | None:
-        """None until the lines have been counted."""
-        return self._counted[1] if "_counted" in self.__dict__ else None
-
-    @property
     def num_blocks(self) -> int:
-        return len(self._counted[0])
+        return len(self._starts)
 
     @cached_property
-    def _counted(self) -> tuple[list[tuple[int, int]], int]:
-        """(byte offset, line number from 1) of each block's first line, and the number of documents."""
+    def _starts(self) -> list[tuple[int, int]]:
+        """(byte offset, line number from 1) of each block's first line."""
         starts: list[tuple[int, int]] = []
-        offset = count = 0
-        with _reading(self.path), _open_bytes(self.path) as file:
+        count = 0
+        with open_bytes(self.path) as file:
+            offset = file.tell()
             for number, line in enumerate(file, 1):
                 if line.strip():
                     if count % BLOCK_DOCUMENTS == 0:
@@ -328,22 +323,20 @@ class JsonlSource(Source):
                 offset += len(line)
         if not count:
             raise UserError(f"{self.path}: holds no lines with text; remove it or fetch it again")
-        return starts, count
+        return starts
 
     def read(self, block: int) -> list[str]:
-        offset, first_line = self._counted[0][block]
-        with _reading(self.path), _open_bytes(self.path) as file:
+        offset, first_line = self._starts[block]
+        with open_bytes(self.path) as file:
             file.seek(offset)
             return [text for text in islice(self._texts(file, first_line), BLOCK_DOCUMENTS) if text]
 
     def documents(self) -> Iterator[str]:
-        with _reading(self.path), _open_bytes(self.path) as file:
+        with open_bytes(self.path) as file:
             yield from filter(None, self._texts(file, 1))
 
     def _texts(self, file: Iterable[bytes], first_line: int) -> Iterator[str]:
         for number, line in enumerate(file, first_line):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # some editors put a byte order mark before UTF-8
             if line.strip():
                 yield self._parse(line, f"{self.path}, line {number}")
 
@@ -359,16 +352,14 @@ class JsonlSource(Source):
             raise UserError(f'{where}: no field "text"; {found}; each line must be like {{"text": "..."}}')
         text = document["text"]
         if not isinstance(text, str):
-            raise UserError(
-                f"{where}: the text is {'null' if text is None else type(text).__name__}; it must be a string"
-            )
+            kind = "null" if text is None else type(text).__name__
+            raise UserError(f"{where}: the text is {kind}; it must be a string")
         return text
 
 
-class TextSource(Source):
+class TextSource(FileSource):
     """A txt file: one document, or one side of it."""
 
-    num_documents = 1
     num_blocks = 1
 
     def __init__(self, path: Path, side: str | None = None) -> None:
@@ -377,8 +368,8 @@ class TextSource(Source):
 
     def read(self, block: int) -> list[str]:
         try:
-            with _reading(self.path), _open_bytes(self.path) as file:
-                text = file.read().decode("utf-8-sig")
+            with open_bytes(self.path) as file:
+                text = file.read().decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 (byte {error.start}); re-encode the file") from error
         if not text:
@@ -393,7 +384,15 @@ class TextSource(Source):
 def _nine_tenths(text: str) -> int:
     """Where the last tenth starts: at the next line start, else at the line start before, else right there."""
     mark = len(text) * 9 // 10
-    newline = text.find("\n", max(0, mark - 1), len(text) - 1)
-    if newline < 0:
-        newline = text.rfind("\n", 0, mark)
-    return newline + 1 if newline >= 0 else mark
+    newlines = text.find("\n", max(0, mark - 1), len(text) - 1), text.rfind("\n", 0, mark)
+    return next((newline + 1 for newline in newlines if newline >= 0), mark)
+
+
+def main() -> None:
+    raise UserError(
+        "downloading text is not built in yet; give a file or folder of your own with --data-dir, or stdlib"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -58,7 +58,7 @@ class Token:
 
 
 @dataclass
-class Row:
+class Sample:
     """A sample in the making: it starts at position `start` and has at most `limit` tokens."""
 
     index: int
@@ -110,7 +110,7 @@ class Engine:
         states = [state for _, state in prefilled]
         yield from self._decode(rows, logits, states[0].join(states[1:]), sampling)
 
-    def _rows(self, prompts: IdSequence[IdSequence[int]], max_tokens: int, hooks: IdSequence[ToolHook]) -> list[Row]:
+    def _rows(self, prompts: IdSequence[IdSequence[int]], max_tokens: int, hooks: IdSequence[ToolHook]) -> list[Sample]:
         """One row per prompt, each with the room that its prompt leaves."""
         assert len(hooks) in (0, len(prompts)), "one hook per row"
         context, rows = self.model.config.sequence_len, []
@@ -120,7 +120,7 @@ class Engine:
                 raise UserError(
                     f"prompt of {len(prompt)} tokens: needs at least 1 and fewer than the model's context of {context}"
                 )
-            rows.append(Row(index, len(prompt), min(max_tokens, room), hooks[index] if hooks else None))
+            rows.append(Sample(index, len(prompt), min(max_tokens, room), hooks[index] if hooks else None))
         return rows
 
     def _prefill(self, prompt: IdSequence[int], max_len: int) -> tuple[Tensor, DecodeState]:
@@ -132,7 +132,7 @@ class Engine:
             logits = self.model.next_logits(ids, state)
         return logits, state
 
-    def _decode(self, rows: list[Row], logits: Tensor, state: DecodeState, sampling: Sampling) -> Iterator[Token]:
+    def _decode(self, rows: list[Sample], logits: Tensor, state: DecodeState, sampling: Sampling) -> Iterator[Token]:
         """Sample, yield, feed back, until every row has left. logits: (B, V), one row each."""
         while True:
             chosen = sample(logits, rows, sampling)
@@ -153,7 +153,7 @@ class Engine:
             ids = torch.tensor([[chosen[place]] for place in alive], device=logits.device)  # (B, 1)
             logits = self.model.next_logits(ids, state)
 
-    def _advance(self, row: Row, sampled: int) -> Token | None:
+    def _advance(self, row: Sample, sampled: int) -> Token | None:
         """The row's next token, forced or sampled; None where it stops."""
         is_forced = bool(row.forced)
         token_id = row.forced.pop(0) if is_forced else sampled
@@ -165,17 +165,17 @@ class Engine:
         return Token(row.index, token_id, is_forced)
 
 
-def sample(logits: Tensor, rows: IdSequence[Row], sampling: Sampling) -> list[int]:
+def sample(logits: Tensor, rows: IdSequence[Sample], sampling: Sampling) -> list[int]:
     """One token id per row from logits (B, V), each from its own random number."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     k = min(sampling.top_k or logits.size(-1), logits.size(-1))
     values, ids = logits.topk(k, dim=-1) if k < logits.size(-1) else (logits, None)
-    cumulative = (values.double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, K)
+    cumulative = (values.cpu().double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, K); MPS has no f64
     draws = [uniform(sampling.seed, row.index, row.start + row.length) for row in rows]
-    u = torch.tensor(draws, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+    u = torch.tensor(draws, dtype=torch.float64)[:, None] * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, u, right=True).clamp_max(k - 1)  # (B, 1)
-    return (places if ids is None else ids.gather(1, places)).squeeze(1).tolist()
+    return (places if ids is None else ids.cpu().gather(1, places)).squeeze(1).tolist()
 
 
 def uniform(seed: int, row: int, position: int) -> float:

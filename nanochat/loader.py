@@ -59,6 +59,12 @@ class Batch:
             return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
         return Batch(*(tensor.to(device) for tensor in tensors))
 
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """The batch in parts of at most `rows` rows."""
+        for start in range(0, self.inputs.size(0), rows):
+            part = slice(start, start + rows)
+            yield Batch(self.inputs[part], self.targets[part], self.document_ids[part])
+
     def num_targets(self) -> int:
         """Targets that count."""
         return int((self.targets >= 0).sum())

@@ -145,13 +145,15 @@ class MuonGroup:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float, weight_decay: float) -> None:
-        if all(parameter.grad is None for parameter in self.parameters):
+        given = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if not given:
             return
-        grads = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters])
+        assert len(given) == len(self.parameters), "matrices of one shape are stepped together or not at all"
+        grads = torch.stack(given)
         average = self.state["momentum"]
         average.lerp_(grads, 1 - momentum)
         update = torch.lerp(grads, average, momentum)  # Nesterov
-        update = orthogonalize(update, self.dtype or update.dtype).to(average.dtype)
+        update = orthogonalize(update, self.dtype or update.dtype)
         update = self._equalize_variance(update)
         rate = self.rate * lr
         weights = torch.stack([parameter.detach() for parameter in self.parameters])
@@ -172,6 +174,8 @@ class MuonGroup:
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest matrices with equal singular values, at Frobenius norm sqrt(min(m, n)). matrices: (K, m, n).
 
+    dtype: of the iterations; the result has that of the matrices.
+
     Rows are first equalised to their rms norm (MuonEq, arXiv 2603.28254); the final norm is Muon+ (arXiv 2602.21545).
     """
     x = matrices.to(dtype)
@@ -184,5 +188,5 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.mT if is_tall else x
+    x = (x.mT if is_tall else x).to(matrices.dtype)
     return x * (min(rows, columns) ** 0.5 / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-6))

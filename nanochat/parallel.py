@@ -67,6 +67,11 @@ class Runtime:
         if self.dtype == torch.float16:
             raise UserError("NANOCHAT_DTYPE=float16: gradients would underflow; train in bfloat16 or float32")
 
+    @property
+    def expected_flops(self) -> float:
+        """A guess at the training FLOP/s of all ranks, for plans that are made before anything was timed."""
+        return self.world_size * (0.4 * self.peak_flops if self.peak_flops else 5e10)
+
     def describe(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
@@ -123,13 +128,18 @@ def runtime(device_type: str = "") -> Iterator[Runtime]:
     """
     rank, world_size, local_rank = launch_ranks()
     device = find_device(device_type, local_rank)
+    if world_size > 1 and device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device-type={device.type}: several ranks work on cuda and cpu only; start one process")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs for rank {local_rank}")
     dtype = choose_dtype(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        is_cuda = device.type == "cuda"
+        backend = "nccl" if is_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if is_cuda else None)
     try:
         yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
     finally:

@@ -89,22 +89,24 @@ class Tokenizer:
         self.token_bytes.flags.writeable = False
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, origin: str = "") -> "Tokenizer":
         """Learn a vocabulary of `vocab_size` ids, the special tokens included. The same texts give the same file.
 
-        Raises UserError if `vocab_size` is below 265 or if the texts are too few to fill it.
+        Raises UserError if `vocab_size` is below 265 or if the texts are too few to fill it. origin: how the size was
+        come by, for that message, if it was not given.
         """
+        asked = f"--vocab-size={vocab_size}{f' ({origin})' if origin else ''}"
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(
-                f"vocab_size={vocab_size}: must be at least {MIN_VOCAB_SIZE} ({NUM_BYTES} bytes and "
+                f"{asked}: must be at least {MIN_VOCAB_SIZE} ({NUM_BYTES} bytes and "
                 f"{len(SPECIAL_TOKENS)} special tokens)"
             )
         merges = _learn_merges(map(replace_surrogates, texts), vocab_size - len(SPECIAL_TOKENS))
         reached = MIN_VOCAB_SIZE + len(merges)
         if reached < vocab_size:
             raise UserError(
-                f"vocab_size={vocab_size}: the text has only enough different words for {reached}; "
-                f"give more text or a vocab size (--vocab-size) of at most {reached}"
+                f"{asked}: the text has only enough different words for {reached}, and then the last tokens stand for "
+                f"rare words; give more text or --vocab-size={max(MIN_VOCAB_SIZE, reached // 2)}"
             )
         return cls(_to_json(merges))
 

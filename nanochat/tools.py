@@ -12,8 +12,8 @@ Nothing is handed to Python's own evaluator, so there is nothing to escape from,
 bounded by the constants below. Numbers are exact fractions, so 0.2*3 is 0.6 and 60/6 is 10, never 10.0. What goes wrong
 is told to the model as text too ("error: division by zero"): a call always has an output.
 
-`CalculatorHook` ties this to token ids: it watches one row of generation, and when a call closes it returns the ids
-that must come next.
+`CalculatorHook` ties this to token ids: it watches what one row of generation samples, and when a call closes it
+returns the ids that must come next.
 
     >>> calculate("1,234 * (2 + 0.5)")
     '3085'
@@ -208,10 +208,12 @@ def _too_long() -> _Refused:
 
 
 class CalculatorHook:
-    """Watches the ids of one row of generation, sampled and forced alike, and answers every closed call.
+    """Watches the ids that one row of generation samples, and answers every closed call.
 
         hook.push(id)  ->  []                                             nothing to do
                        ->  [output_start, ...result..., output_end]       these ids must come next
+
+    The ids that it asks for are not pushed back.
 
     Any other special token inside a call (the end of the answer, say) abandons it.
     """
@@ -223,7 +225,7 @@ class CalculatorHook:
         self._special_ids = frozenset(self._special.values())
 
     def push(self, token_id: int) -> list[int]:
-        """Take the row's next id; returns the ids to force after it."""
+        """Take the row's next sampled id; returns the ids to force after it."""
         if token_id == self._special["<|python_start|>"]:
             self._expression = []
         elif token_id == self._special["<|python_end|>"] and self._expression is not None:
@@ -234,12 +236,6 @@ class CalculatorHook:
         elif self._expression is not None and len(self._expression) <= MAX_TOKENS:
             self._expression.append(token_id)
         return []
-
-    def fork(self) -> "CalculatorHook":
-        """An independent hook in the same state, for a row that splits in two."""
-        twin = CalculatorHook(self._tokenizer)
-        twin._expression = None if self._expression is None else list(self._expression)
-        return twin
 
     def _answer(self, expression: list[int]) -> list[int]:
         too_long = len(expression) > MAX_TOKENS

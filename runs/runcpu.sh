@@ -9,15 +9,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+fail() { echo "error: $1" >&2; exit 2; }
+
 case "${1:-}" in
     --smoke) name=smoke depth=2 max_chars=4000000 seq_len=256 batch=4096 base_steps=200 sft_steps=80 ;;
     "")      name=cpu depth=4 max_chars=50000000 seq_len=512 batch=4096 base_steps=500 sft_steps=200 ;;
-    *)       sed -n '2,8s/^# \{0,1\}//p' "$0"; [ "$1" = --help ] && exit 0 || exit 2 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    *)       fail "$1: unknown argument; give --smoke or nothing" ;;
 esac
+[ $# -le 1 ] || fail "$2: unknown argument; give --smoke or nothing"
 
 data="${NANOCHAT_TEST_DATA:-../shared/data}"
 for folder in pretrain sft; do
-    [ -d "$data/$folder" ] || { echo "error: $data/$folder: no such folder; set NANOCHAT_TEST_DATA to one that has pretrain/ and sft/" >&2; exit 2; }
+    [ -d "$data/$folder" ] ||
+        fail "$data/$folder: no such folder; set NANOCHAT_TEST_DATA to one that has pretrain/ and sft/"
 done
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/$name"
 
@@ -31,11 +36,10 @@ python=.venv/bin/python
 stage "2/6 tokenizer"
 $python -m scripts.tok_train --data-dir="$data/pretrain" --depth=$depth --max-chars=$max_chars --if-missing
 
-# The learning rates are six times the defaults: the square-root law is made for large batches (dev/LOG.md).
 stage "3/6 base model"
 $python -m scripts.base_train --data-dir="$data/pretrain" --depth=$depth --head-dim=64 --max-seq-len=$seq_len \
     --total-batch-size=$batch --num-iterations=$base_steps --eval-every=50 --eval-tokens=32768 --save-every=50 \
-    --matrix-lr=0.12 --embedding-lr=1.8 --unembedding-lr=0.048 --resume=auto
+    --resume=auto
 
 stage "4/6 bits per byte of the base model"
 $python -m scripts.base_loss --data-dir="$data/pretrain" --split-tokens=65536

@@ -32,8 +32,10 @@ supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] 
 minor() { "$1" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'; }
 
 known_extras() {
-    awk -F ' *=' '/^\[/ { inside = $0 == "[project.optional-dependencies]" } inside && /^[A-Za-z0-9_-]+ *= *\[/ { print $1 }' \
-        pyproject.toml
+    awk -F ' *=' '
+        /^\[/ { inside = $0 == "[project.optional-dependencies]" }
+        inside && /^[A-Za-z0-9_-]+ *= *\[/ { print $1 }
+    ' pyproject.toml
 }
 
 # The interpreter for a new .venv: $PYTHON, else the first supported one.
@@ -103,7 +105,8 @@ case "${1:-}" in -h | --help) usage && exit 0 ;; esac
 for extra in "$@"; do
     known_extras | grep -qx -- "$extra" || fail "$extra: unknown extra; choose from: $(known_extras | tr '\n' ' ')"
 done
-[ "$uv_mode" != 1 ] || command -v uv >/dev/null || fail "NANOCHAT_UV=1, but there is no uv here; leave it out to use pip"
+[ "$uv_mode" != 1 ] || command -v uv >/dev/null ||
+    fail "NANOCHAT_UV=1, but there is no uv here; leave it out to use pip"
 trap 'echo "interrupted; run bash runs/setup.sh again" >&2; exit 130' INT TERM HUP
 
 if [ -e "$unfinished" ]; then
@@ -119,8 +122,9 @@ fi
 if [ -e .venv ] && [ -n "${PYTHON:-}" ]; then
     asked=$(find_python)
     asked=$(minor "$asked")
-    [ "$asked" = "$(minor "$venv_python")" ] ||
-        fail "PYTHON=$PYTHON is $asked, the present .venv has $(minor "$venv_python"): rm -rf .venv, then run this again"
+    present=$(minor "$venv_python")
+    [ "$asked" = "$present" ] ||
+        fail "PYTHON=$PYTHON is $asked, the present .venv has $present: rm -rf .venv, then run this again"
 fi
 extras=$({ [ ! -e "$stamp" ] || sed -n '1s/^extras: //p' "$stamp" | tr ' ' '\n'; printf '%s\n' "$@"; } |
     { grep . || true; } | sort -u | paste -sd ' ' -)
@@ -142,5 +146,6 @@ echo "installing nanochat (extras: ${extras:-none})"
 pip_install -e ".${extras:+[${extras// /,}]}"
 wanted_stamp "$extras" >"$stamp.new"
 mv "$stamp.new" "$stamp"
-echo "done: $("$venv_python" -V), torch $("$venv_python" -c 'from importlib.metadata import version; print(version("torch"))')"
+torch_version=$("$venv_python" -c 'from importlib.metadata import version; print(version("torch"))')
+echo "done: $("$venv_python" -V), torch $torch_version"
 echo "use it with: source .venv/bin/activate"

@@ -10,100 +10,109 @@ Needs a tokenizer (scripts.tok_train). Writes checkpoints and metrics.jsonl to <
 from argparse import Namespace
 from collections.abc import Sequence
 
-from nanochat import cli
-from nanochat.common import base_dir, prepare_process, print0
+from nanochat import cli, scaling
+from nanochat.common import base_dir, prepare_process, print0, record_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
-    parser.flag("--depth", cli.positive_int, 20, "layers: the dial")
-    parser.flag("--max-seq-len", cli.number_between(2, whole=True), 2048, "context in tokens")
-    horizon = "with several horizons given: budget, steps, FLOPs, ratio, in this order"
-    parser.flag("--target-param-data-ratio", cli.unless_minus_one(cli.positive_float), 12.0, "tokens per parameter")
-    parser.flag("--target-flops", cli.unless_minus_one(cli.positive_float), None, f"training FLOPs; {horizon}")
+    schedule = scaling.Schedule()
+    parser.flag("--depth", cli.depth, 20, "layers: the dial")
+    parser.flag("--max-seq-len", cli.sequence_length, 2048, "context in tokens")
+    horizons = ("num_iterations", "target_flops", "target_param_data_ratio", "time_budget")
+    ratio = f"tokens per scaling parameter; {scaling.DEFAULT_RATIO:g} unless another horizon is given"
+    parser.flag("--target-param-data-ratio", cli.unless_minus_one(cli.number_between(1e-3, 1e6)), None, ratio)
+    parser.flag("--target-flops", cli.unless_minus_one(cli.flops), None, "training FLOPs")
     parser.flag("--time-budget", cli.positive_float, None, "seconds of training time, evaluations not counted")
     cli.add_plan_flags(parser, eval_every=250, save_every=250)
-    parser.flag("--weight-decay", cli.non_negative_float, 0.28, "Muon's, before scaling")
-    parser.flag("--warmup-steps", cli.non_negative_int, 40, "learning-rate warm-up")
-    parser.flag("--warmdown-ratio", cli.fraction, 0.65, "share of the run in which the learning rate falls")
-    parser.flag("--final-lr-frac", cli.fraction, 0.05, "learning rate at the end")
-    parser.flag("--laws", cli.one_of("nanochat", "reference"), "nanochat", "scaling laws; reference: the ancestor's")
+    parser.flag("--weight-decay", cli.non_negative_float, scaling.BASE_WEIGHT_DECAY, "Muon's, before scaling")
+    parser.flag("--warmup-steps", cli.non_negative_int, schedule.warmup_steps, "learning-rate warm-up")
+    parser.flag("--warmdown-ratio", cli.fraction, schedule.warmdown_frac, "share of the run in which the rate falls")
+    parser.flag("--final-lr-frac", cli.fraction, schedule.final_lr_frac, "learning rate at the end")
+    parser.flag("--laws", cli.one_of(*scaling.LAWS), "nanochat", "scaling laws; reference: the ancestor's")
+    parser.flag("--aspect-ratio", cli.positive_int, scaling.ASPECT_RATIO, "width per layer")
+    parser.flag("--head-dim", cli.head_dim, scaling.HEAD_DIM, "width per attention head")
     cli.add_data_flags(parser)
     cli.add_architecture_flags(parser)
     cli.add_run_flags(parser)
+    parser.check(lambda args: cli.at_most_one(args, horizons))
     return parser.parse(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     prepare_process(args.offline)
-    from nanochat.checkpoint import Run
     from nanochat.dataset import open_corpus
     from nanochat.evals.bpb import evaluate_bpb
     from nanochat.loader import PretrainLoader, validation_batches
     from nanochat.model.gpt import build_model, flops_per_token, scaling_parameters
     from nanochat.optim import MuonAdamW
     from nanochat.parallel import runtime
-    from nanochat.scaling import REFERENCE_DEPTH, BaseRates, Horizon, Schedule, model_config, training_plan
-    from nanochat.scaling import device_batch_rows as most_rows
     from nanochat.tokenizer import Tokenizer
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
+    from nanochat.train.run import Run
     from nanochat.train.step import train_step
 
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
     corpus = open_corpus(cli.data_folder(args))
-    with runtime(args.device_type) as rt:
+    with runtime(args.device_type) as rt, record_stage("base_train") as record:
         rt.check_can_train()
         # The dial: a model of this depth, and the plan that its size and horizon ask for
         shape = {"sequence_len": args.max_seq_len, "aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim}
         shape |= cli.architecture_switches(args)
-        config = model_config(args.depth, tokenizer.vocab_size, **shape)
-        reference = model_config(REFERENCE_DEPTH, tokenizer.vocab_size, **shape)
-        plan = training_plan(
+        config = scaling.model_config(args.depth, tokenizer.vocab_size, **shape)
+        reference = scaling.model_config(scaling.REFERENCE_DEPTH, tokenizer.vocab_size, **shape)
+        expected_flops = args.time_budget * rt.expected_flops if args.time_budget else args.target_flops
+        plan = scaling.training_plan(
             scaling_parameters(config),
             scaling_parameters(reference),
             flops_per_token(config),
             config.n_embd,
-            Horizon(args.num_iterations, args.target_flops, args.target_param_data_ratio or Horizon.ratio),
+            scaling.Horizon(args.num_iterations, expected_flops, args.target_param_data_ratio or scaling.DEFAULT_RATIO),
             batch_multiple=config.sequence_len * rt.world_size * (args.device_batch_size or 1),
             total_batch_tokens=args.total_batch_size,
             weight_decay=args.weight_decay,
-            schedule=Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
+            schedule=scaling.Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
             laws=args.laws,
         )
         rows_per_step = plan.total_batch_tokens // (config.sequence_len * rt.world_size)
-        rows = args.device_batch_size or most_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
+        rows = args.device_batch_size or scaling.device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
+        base_rates = scaling.BaseRates(**cli.given_rates(args))
+        inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
 
         # The run: everything that a checkpoint brings back
-        run = Run.open("base", args.model_tag or f"d{args.depth}", args, rt)
+        run = Run.open("base", cli.run_tag(args, f"d{args.depth}"), args, rt)
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
         if args.time_budget is None:
             run.check_horizon(plan.num_steps)
         model = build_model(config, rt.device, rt.dtype, args.seed)
-        base_rates = BaseRates(**cli.given_rates(args))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
         loader = PretrainLoader(corpus.train, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         loss_fn = rt.compile(model.loss, args.compile)
+        steps = (
+            f"{plan.num_steps:,}" if args.time_budget is None else f"about {plan.num_steps:,} in {args.time_budget:g} s"
+        )
         cli.report(
             {
-                "model": (f"depth {args.depth}, width {config.n_embd}, vocabulary {config.vocab_size}", True),
+                "depth": (args.depth, True),
+                "width": (config.n_embd, False),
+                "vocabulary": (f"{config.vocab_size:,}, the tokenizer's", False),
                 "parameters": (f"{sum(model.parameter_counts().values()):,}", False),
                 "FLOPs per token": (f"{model.flops_per_token():.3g}", False),
                 "data": (corpus.describe(), bool(args.data_dir)),
                 "batch": (f"{plan.total_batch_tokens:,} tokens", args.total_batch_size is not None),
                 "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
-                "steps": (f"{plan.num_steps:,}", args.num_iterations is not None),
+                "steps": (steps, args.num_iterations is not None),
                 "weight decay": (f"{plan.weight_decay:.4g}", False),
                 "device": (f"{rt.describe()}", bool(args.device_type)),
             }
         )
 
-        inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates)}
         loop = Loop(
             num_steps=plan.num_steps,
             start=run.start,
@@ -114,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             flops_per_token=model.flops_per_token(),
             time_budget_s=args.time_budget,
         )
+        record.update(earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values()))
         for step in loop:
             if step.due(args.save_every) or step.last:
                 with step.paused():
@@ -123,12 +133,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     val_batches = validation_batches(
                         corpus.val, tokenizer, rows, config.sequence_len, args.eval_tokens, rt.rank, rt.world_size
                     )
-                    step.log(val_bpb=evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt))
+                    record["val_bpb"] = evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt)
+                    step.log(val_bpb=record["val_bpb"])
             if step.last:
                 break
             now = plan.at(step.index, step.total)
             step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
         run.finish()
+        record.update(loop.summary(), flags=vars(args), model=config.to_dict(), metrics=run.relative_metrics_path)
         print0(f"trained {run.folder} to step {step.index}")
 
 

@@ -1,21 +1,23 @@
 """Talk to a model on the command line.
 
     python -m scripts.chat_cli                          # a conversation; quit or Ctrl-D ends it, clear starts anew
-    python -m scripts.chat_cli -p "Why is the sky blue?"
+    python -m scripts.chat_cli -p "How many r are in strawberry?"
     python -m scripts.chat_cli --source=base -p "Once upon a time"     # a base model continues the text
 
-When a conversation outgrows the context, its oldest turns are forgotten first.
+When a conversation outgrows the context, its oldest turns are forgotten first, and a note on stderr says so. Ctrl-C
+stops an answer; what was said stays said.
 """
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nanochat import cli
-from nanochat.common import prepare_process
+from nanochat.common import UserError, prepare_process
 
 if TYPE_CHECKING:
-    from nanochat.chat import Message, Part
+    from nanochat.chat import Message, Part, ReplyReader
     from nanochat.engine import Engine, Sampling
     from nanochat.tokenizer import Tokenizer
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_choice_flags(parser, default="sft")
-    parser.flag("--prompt", str, "", "answer this once and leave", "-p")
+    parser.flag("--prompt", cli.some_text, None, "answer this once and leave", "-p")
     parser.flag("--temperature", cli.number_between(0, 2), 0.6, "0 always takes the likeliest token", "-t")
     parser.flag("--top-k", cli.non_negative_int, 50, "sample among the k likeliest tokens, 0 among all", "-k")
     parser.flag("--max-tokens", cli.positive_int, 256, "longest answer in tokens", "-m")
@@ -34,6 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     prepare_process(args.offline)
+    from nanochat.chat import ReplyReader
     from nanochat.checkpoint import find_checkpoint
     from nanochat.engine import Engine, Sampling
     from nanochat.parallel import runtime
@@ -47,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.source == "base":
             continue_text(engine, tokenizer, args, sampling)
         elif args.prompt:
-            answer(engine, tokenizer, [{"role": "user", "content": args.prompt}], args.max_tokens, sampling)
+            question: Message = {"role": "user", "content": args.prompt}
+            answer(engine, tokenizer, [question], args.max_tokens, sampling, ReplyReader(tokenizer))
         else:
             converse(engine, tokenizer, args, sampling)
 
@@ -56,44 +60,74 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling
     """Read, answer, remember, until the user leaves. Every answer draws from a seed of its own."""
     from dataclasses import replace
 
-    print("quit ends the conversation, clear starts a new one")
+    from nanochat.chat import ReplyReader
+
+    print("quit ends the conversation, clear starts a new one; Ctrl-C stops an answer or drops a line, twice it leaves")
     messages: list[Message] = []
+    dropped = False  # the last line, by Ctrl-C
     while True:
         try:
             text = input("\nyou: ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
             print()
-            return
+            if dropped or isinstance(end, EOFError):
+                return
+            dropped = True
+            continue
+        dropped = False
         if text in ("quit", "exit"):
             return
         if text == "clear":
             messages.clear()
         elif text:
             messages.append({"role": "user", "content": text})
-            print("\nassistant: ", end="")
-            reply = answer(
-                engine, tokenizer, messages, args.max_tokens, replace(sampling, seed=sampling.seed + len(messages))
-            )
-            messages.append({"role": "assistant", "content": reply})
+            print("\nassistant: ", end="", flush=True)
+            reply = ReplyReader(tokenizer)
+            own_seed = replace(sampling, seed=sampling.seed + len(messages))
+            try:
+                answer(engine, tokenizer, messages, args.max_tokens, own_seed, reply)
+            except KeyboardInterrupt:
+                print("(stopped)")
+            messages.append({"role": "assistant", "content": reply.parts})
 
 
 def answer(
-    engine: "Engine", tokenizer: "Tokenizer", messages: "list[Message]", max_tokens: int, sampling: "Sampling"
-) -> "list[Part]":
-    """Print the assistant's answer as it comes, tool calls in brackets; return it as message parts."""
-    from nanochat.chat import ReplyReader, render_for_completion
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    messages: "list[Message]",
+    max_tokens: int,
+    sampling: "Sampling",
+    reply: "ReplyReader",
+) -> None:
+    """Read the assistant's answer into `reply` and print it as it comes, tool calls in brackets."""
     from nanochat.tools import CalculatorHook
 
-    context = engine.model.config.sequence_len
-    room = max(context // 2, context - max_tokens)  # the answer gets at most half of a short context
-    prompt = render_for_completion(tokenizer, {"messages": messages}, room)
-    reply = ReplyReader(tokenizer)
+    prompt = fitting_prompt(tokenizer, messages, engine.model.config.sequence_len, max_tokens)
     show = PartPrinter()
-    for token in engine.generate(prompt, max_tokens, sampling, hooks=[CalculatorHook(tokenizer)]):
-        show(reply.push(token.token_id))
-    show(reply.flush())
-    show.end()
-    return reply.parts
+    try:
+        for token in engine.generate(prompt, max_tokens, sampling, hooks=[CalculatorHook(tokenizer)]):
+            show(reply.push(token.token_id))
+    finally:  # also of an answer that Ctrl-C stops
+        show(reply.flush())
+        show.end()
+
+
+def fitting_prompt(tokenizer: "Tokenizer", messages: "list[Message]", context: int, max_tokens: int) -> list[int]:
+    """The conversation's ids, shortened so that the answer has room: as much as it may want, or half of the context."""
+    from nanochat.chat import SHORTEST_PROMPT, render_for_completion
+
+    if context <= SHORTEST_PROMPT:
+        raise UserError(f"the model's context of {context} tokens is too short to chat; --source=base continues a text")
+    room = max(SHORTEST_PROMPT, context // 2, context - max_tokens)
+    prompt = render_for_completion(tokenizer, {"messages": messages}, sys.maxsize)
+    if len(prompt) > room:
+        tell_shortened(len(prompt), room)
+        prompt = render_for_completion(tokenizer, {"messages": messages}, room)
+    return prompt
+
+
+def tell_shortened(num_tokens: int, room: int) -> None:
+    print(f"note: of {num_tokens} tokens only the last {room} or fewer fit; the beginning is left out", file=sys.stderr)
 
 
 class PartPrinter:
@@ -126,10 +160,14 @@ def continue_text(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sam
     from nanochat.chat import TextStream
 
     context = engine.model.config.sequence_len
-    ids = tokenizer.encode(args.prompt)[-(max(context // 2, context - args.max_tokens) - 1) :]
+    room = max(context // 2, context - args.max_tokens)
+    prompt = tokenizer.encode(args.prompt or "", prepend=tokenizer.bos)
+    if len(prompt) > room:
+        tell_shortened(len(prompt), room)
+        prompt = [tokenizer.bos, *prompt[len(prompt) - (room - 1) :]]
     stream = TextStream(tokenizer)
-    print(args.prompt, end="")
-    for token in engine.generate([tokenizer.bos, *ids], args.max_tokens, sampling):
+    print(args.prompt or "", end="", flush=True)
+    for token in engine.generate(prompt, args.max_tokens, sampling):
         print(stream.push(token.token_id), end="", flush=True)
     print(stream.flush(), flush=True)
 

@@ -11,13 +11,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from nanochat import cli
-from nanochat.common import prepare_process, print0
+from nanochat.common import prepare_process, print0, record_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     parser.flag("--data", str, None, "jsonl of conversations, or a folder of them; required")
-    parser.flag("--base-tag", str, "", "base model to start from; empty: the deepest, then the newest")
+    parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
     parser.flag("--num-epochs", cli.positive_float, 1.0, "passes over the conversations")
     cli.add_plan_flags(parser, eval_every=200, save_every=200)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process(args.offline)
     from pathlib import Path
 
-    from nanochat.checkpoint import Run, find_checkpoint
+    from nanochat.checkpoint import find_checkpoint
     from nanochat.evals.bpb import evaluate_bpb
     from nanochat.loader import ConversationLoader
     from nanochat.optim import MuonAdamW
@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.scaling import BaseRates, check_batch, device_batch_rows, sft_plan
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
+    from nanochat.train.run import Run
     from nanochat.train.step import train_step
     from tasks.common import hold_out, load_conversations
 
     train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
-    with runtime(args.device_type) as rt:
+    with runtime(args.device_type) as rt, record_stage("chat_sft") as record:
         rt.check_can_train()
         batch_tokens = args.total_batch_size or inherited["total_batch_tokens"]
         rows_per_step = max(1, batch_tokens // (config.sequence_len * rt.world_size))
@@ -58,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_steps = args.num_iterations or max(
             1, round(args.num_epochs * loader.num_rows / (rows_per_step * rt.world_size))
         )
-        plan = sft_plan(num_steps, batch_tokens, config.n_embd)
+        plan = sft_plan(num_steps, batch_tokens, config.n_embd, inherited["laws"])
 
-        run = Run.open("sft", args.model_tag or base.folder.parent.name, args, rt)
+        run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt)
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             }
         )
 
-        inheritance = {"total_batch_tokens": batch_tokens, "base_rates": vars(base_rates)}
+        inheritance = {"total_batch_tokens": batch_tokens, "base_rates": vars(base_rates), "laws": inherited["laws"]}
         loop = Loop(
             num_steps=num_steps,
             start=run.start,
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_step=batch_tokens,
             flops_per_token=model.flops_per_token(),
         )
+        record.update(earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values()))
         for step in loop:
             if step.due(args.save_every) or step.last:
                 with step.paused():
@@ -99,12 +101,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             if step.due(args.eval_every, at_start=True):
                 with step.paused():
                     val_batches = val_loader.one_pass(args.eval_tokens)
-                    step.log(val_bpb=evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt))
+                    record["val_bpb"] = evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt)
+                    step.log(val_bpb=record["val_bpb"])
             if step.last:
                 break
             now = plan.at(step.index)
             step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
         run.finish()
+        record.update(loop.summary(), flags=vars(args), metrics=run.relative_metrics_path)
         print0(f"trained {run.folder} to step {step.index}")
 
 

@@ -2,6 +2,7 @@
 
     python -m scripts.tok_eval --data-dir=FOLDER
     python -m scripts.tok_eval --data-dir=FOLDER --json | tail -n 1
+    python -m scripts.tok_eval --show="What is 12*3?"      # the tokens of a text, in colour: green are learned
 
 Seven kinds of text: five short samples below and the first block of documents of the train and the validation side.
 "saved" is the share of tokens that ours needs less than the other vocabulary; a minus sign means ours needs more. The
@@ -20,9 +21,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nanochat.cli import Parser, add_data_flags, data_folder, run
+from nanochat.cli import Parser, add_data_flags, data_folder, run, some_text
 from nanochat.common import UserError, base_dir, prepare_process, print0
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import Tokenizer
 
 NEWS = """The town council voted 7-2 on Tuesday night to keep the old tram line open for at least five more years,
 ending a dispute that had split the riverside districts since spring. "Nobody here wants to wait forty minutes for a
@@ -86,6 +91,7 @@ class Vocabulary:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
+    parser.flag("--show", some_text, None, 'only show the tokens of this text or {"messages": [...]} conversation')
     parser.switch("--json", "print the results as JSON too, as the last line")
     parser.switch("--offline", "never use the network")
     return parser.parse(argv)
@@ -99,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     from nanochat.tokenizer import Tokenizer, replace_surrogates
 
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
+    if args.show is not None:
+        print0(show(tokenizer, args.show))
+        return
     corpus = open_corpus(data_folder(args))
     samples = {"news": NEWS, "korean": KOREAN, "code": CODE, "maths": MATHS, "science": SCIENCE}
     texts = {name: [text] for name, text in samples.items()}
@@ -112,6 +121,21 @@ def main(argv: list[str] | None = None) -> None:
     print0(table(rows, [v.name for v in vocabularies[1:]]))
     if args.json:
         print0(json.dumps({"vocab_size": {v.name: v.vocab_size for v in vocabularies}, "texts": rows}))
+
+
+def show(tokenizer: "Tokenizer", text: str) -> str:
+    """The tokens of a document, or of a conversation in JSON, as training sees them."""
+    from nanochat.chat import check_conversation, render_conversation, visualize_tokens
+
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = text
+    if isinstance(content, dict) and "messages" in content:
+        check_conversation(content, "--show")
+        return visualize_tokens(tokenizer, *render_conversation(tokenizer, content))
+    ids = tokenizer.encode(text, prepend=tokenizer.bos)
+    return visualize_tokens(tokenizer, ids, [0] + [1] * (len(ids) - 1))
 
 
 def measure(name: str, documents: list[str], vocabularies: list[Vocabulary]) -> dict:

@@ -10,12 +10,14 @@ the vocabulary follows from --depth (a small model spends most of its computatio
 """
 
 import argparse
+import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from nanochat.cli import Parser, add_data_flags, data_folder, positive_int, run
-from nanochat.common import UserError, base_dir, prepare_process, print0
+from nanochat import scaling
+from nanochat.cli import Parser, add_data_flags, data_folder, depth, one_of, positive_int, run, vocabulary_size
+from nanochat.common import UserError, base_dir, check_writable, prepare_process, print0
 
 if TYPE_CHECKING:
     from nanochat.dataset import Split
@@ -36,8 +38,9 @@ SELF_CHECK = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
-    parser.flag("--depth", positive_int, 20, "depth of the model the vocabulary is for")
-    parser.flag("--vocab-size", positive_int, None, "ids, special tokens included; else derived from --depth")
+    parser.flag("--depth", depth, 20, "depth of the model the vocabulary is for")
+    parser.flag("--laws", one_of(*scaling.LAWS), "nanochat", "what the vocabulary derived from --depth follows")
+    parser.flag("--vocab-size", vocabulary_size, None, "ids, special tokens included; else derived from --depth")
     parser.flag("--max-chars", positive_int, 2_000_000_000, "stop reading after this many characters")
     parser.flag("--doc-cap", positive_int, None, f"characters taken of each document; else {DOC_CAP}, of txt files all")
     parser.switch("--overwrite", "replace an existing tokenizer")
@@ -52,12 +55,12 @@ def main(argv: list[str] | None = None) -> None:
     prepare_process(offline=args.offline)
 
     from nanochat.dataset import open_corpus
-    from nanochat.scaling import vocab_size_for
     from nanochat.tokenizer import FILE_NAME, Tokenizer
 
     file = base_dir() / "tokenizer" / FILE_NAME
-    vocab_size = args.vocab_size or vocab_size_for(args.depth)
-    if file.exists() and not args.overwrite:
+    vocab_size = args.vocab_size or scaling.vocab_size_for(args.depth, args.laws)
+    origin = "" if args.vocab_size else f"derived from --depth={args.depth}"
+    if os.path.exists(file) and not args.overwrite:
         if not args.if_missing:
             raise UserError(f"{file} exists already; --overwrite replaces it, --if-missing keeps it")
         size = Tokenizer.load(file).vocab_size
@@ -65,12 +68,13 @@ def main(argv: list[str] | None = None) -> None:
         if size != vocab_size:
             print0(f"note: {vocab_size:,} ids were asked for; --overwrite trains such a tokenizer")
         return
+    check_writable(file)
     corpus = open_corpus(data_folder(args))
     print0(f"data: {corpus.describe()}")
-    print0(f"vocab size: {vocab_size:,} ({'given' if args.vocab_size else f'derived from --depth={args.depth}'})")
+    print0(f"vocab size: {vocab_size:,} ({origin or 'given'})")
 
     texts = TrainingText(beginnings(corpus.train, args.doc_cap), args.max_chars)
-    tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer = Tokenizer.train(texts, vocab_size, origin)
     seconds = time.monotonic() - texts.started
     check_round_trip(tokenizer)
     tokenizer.save(file)

@@ -5,8 +5,6 @@ until it is read. `start`, `stop` and `step` give a part of it without touching 
 mixture lists tasks; a task that is to be seen twice is listed twice.
 
     class Capitals(Task):
-        eval_type = "generative"
-
         def num_examples(self) -> int:
             return len(CAPITALS)
 
@@ -18,7 +16,6 @@ mixture lists tasks; a task that is to be seen twice is listed twice.
             return conversation["messages"][-1]["content"] in reply
 """
 
-import gzip
 import json
 import operator
 import zlib
@@ -27,20 +24,20 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from nanochat.chat import Conversation, check_conversation
-from nanochat.common import UserError
+from nanochat.common import UserError, open_bytes, reading
 
 KINDS = (".jsonl", ".jsonl.gz")
 
 
 class Task(ABC):
-    """Conversations `start`, `start + step`, ... before `stop` of what a subclass defines (`nanochat.chat.Task`)."""
+    """Conversations `start`, `start + step`, ... before `stop` of what a subclass defines."""
 
-    eval_type: Literal["generative", "categorical"] = "generative"
+    origin = ""  # the file or folder they come from, for messages
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -58,10 +55,6 @@ class Task(ABC):
     def evaluate(self, conversation: Conversation, reply: str) -> bool:
         """Whether `reply` answers the conversation rightly."""
         raise UserError(f"{type(self).__name__} is for training only: it has no rule for judging a reply")
-
-    def reward(self, conversation: Conversation, reply: str) -> float:
-        """What reinforcement learning pays for the reply."""
-        return float(self.evaluate(conversation, reply))
 
     def __len__(self) -> int:
         return len(self._indices())
@@ -114,6 +107,7 @@ class JSONLTask(Task):
 
     def __init__(self, path: Path, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         super().__init__(start, stop, step)
+        self.origin = str(path)
         self._lines: list[bytes] = []
         for number, line in enumerate(_lines_of(Path(path)), start=1):
             if line.strip():
@@ -132,24 +126,22 @@ class JSONLTask(Task):
 def load_conversations(path: Path) -> Task:
     """The conversations of one file, or of all .jsonl and .jsonl.gz files of a folder, shuffled together."""
     path = Path(path)
-    if not path.is_dir():
-        return JSONLTask(path)
-    files = sorted(file for file in path.iterdir() if file.name.endswith(KINDS) and not file.name.startswith("."))
+    with reading(path):
+        if not path.is_dir():
+            return JSONLTask(path)
+        files = sorted(file for file in path.iterdir() if file.name.endswith(KINDS) and not file.name.startswith("."))
     if not files:
         raise UserError(f"{path}: the folder holds no conversations; put them there as {' or '.join(KINDS)} files")
-    return TaskMixture([JSONLTask(file) for file in files])
+    conversations = TaskMixture([JSONLTask(file) for file in files])
+    conversations.origin = str(path)
+    return conversations
 
 
 def _lines_of(path: Path) -> Iterator[bytes]:
     if not path.name.endswith(KINDS):
         raise UserError(f"{path}: not a kind of file that holds conversations; give a {' or '.join(KINDS)} file")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for i, line in enumerate(file):
-                yield line.removeprefix(b"\xef\xbb\xbf") if i == 0 else line  # some editors begin UTF-8 with a mark
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason}); check the path or fetch the file again") from error
+    with open_bytes(path) as file:
+        yield from file
 
 
 def _check_line(line: bytes, where: str) -> None:
@@ -183,7 +175,10 @@ def hold_out(conversations: Task, one_in: int) -> tuple[list[Conversation], list
         opening = next(message for message in conversation["messages"] if message["role"] == "user")
         sides.setdefault(zlib.crc32(str(opening["content"]).encode(errors="replace")), []).append(conversation)
     if len(sides) < 2:
-        raise UserError("all conversations begin with the same user message: none can be held out; give more of them")
+        where = f"{conversations.origin}: " if conversations.origin else ""
+        raise UserError(
+            f"{where}all conversations begin with the same user message: none can be held out; give more of them"
+        )
     held_out = {key for key in sides if key % one_in == 0}
     if len(held_out) in (0, len(sides)):
         held_out = {min(sides)}

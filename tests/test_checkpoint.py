@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint import Checkpoint, Run, find_checkpoint, run_folder, saved_steps
+from nanochat.checkpoint import Checkpoint, find_checkpoint, run_folder, saved_steps
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
 from nanochat.model.gpt import GPT, build_model
@@ -21,6 +21,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates
 from nanochat.tokenizer import Tokenizer
+from nanochat.train.run import Run
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 CONFIG = ModelConfig(32, 300, n_layer=2, n_head=2, n_kv_head=2, n_embd=16)
@@ -106,7 +107,9 @@ def test_what_a_crash_left_half_written_is_not_taken_for_a_checkpoint(save: Save
     assert Run.open("base", "d2", flags("auto"), RT).start == 5
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "loader.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "loader.safetensors", "meta.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_damaged_checkpoint_is_named_and_not_loaded(save: Save, name: str, damage: str) -> None:
     path = save("d2", 5).folder / "step_000005" / name
@@ -122,9 +125,10 @@ def test_a_damaged_checkpoint_is_named_and_not_loaded(save: Save, name: str, dam
 
 def test_a_checkpoint_without_a_manifest_is_refused(save: Save) -> None:
     folder = save("d2", 5).folder / "step_000005"
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json"):
-        Checkpoint.open(folder)
+    for content in ("{", "{}", "[]", '{"files": 3}', '{"files": {}}', '{"files": {"model.safetensors": {}}}'):
+        (folder / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            Checkpoint.open(folder)
 
 
 def snapshot(folder: Path) -> list[tuple[Path, int]]:

@@ -1,9 +1,5 @@
 """The command line: what is accepted, how values are read, and what a wrong line hears."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from nanochat.cli import (
@@ -13,62 +9,28 @@ from nanochat.cli import (
     add_model_choice_flags,
     add_plan_flags,
     add_run_flags,
+    architecture_switches,
+    at_most_one,
     cadence,
+    depth,
+    flops,
+    folder_name,
     fraction,
+    head_dim,
     non_negative_float,
     number_between,
     one_of,
     positive_float,
     positive_int,
     resume_point,
+    run_tag,
+    seed,
+    sequence_length,
+    some_text,
+    vocabulary_size,
 )
 from nanochat.common import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-
-RECIPE = '''
-"""A recipe for tests, 100% small.
-
-python recipe.py --depth=4
-"""
-import argparse
-from nanochat.cli import Parser, one_of, positive_int, run
-from nanochat.common import UserError
-
-def parse_args(argv):
-    parser = Parser(__doc__)
-    parser.flag("--depth", positive_int, 4, "layers, 50% of the dial")
-    parser.flag("--device-type", one_of("", "cpu", "cuda"), "", "where")
-    parser.flag("--prompt", str, "", "text", "-p")
-    parser.switch("--dry-run", "do 0% of the work")
-    parser.check(lambda args: "--depth=13: unlucky" if args.depth == 13 else None)
-    return parser.parse(argv)
-
-def main(argv=None):
-    args = parse_args(argv)
-    if args.prompt == "disk":
-        raise UserError("disk: full\\nmemory: full")
-    if args.prompt == "stop":
-        raise KeyboardInterrupt
-    print(f"depth={args.depth} device={args.device_type!r} prompt={args.prompt!r} dry={args.dry_run}")
-
-if __name__ == "__main__":
-    run(main)
-'''
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory):
-    """Runs the recipe above as a process of its own."""
-    path = tmp_path_factory.mktemp("recipe") / "recipe.py"
-    path.write_text(RECIPE, encoding="utf-8")
-
-    def call(*argv: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], "]
-        command[-1] += "run_name='__main__')"
-        return subprocess.run([*command, str(path), *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-    return call
+from nanochat.config import ModelConfig, layer_pattern, window_pattern
 
 
 def make_parser() -> Parser:
@@ -233,13 +195,94 @@ def test_rules_over_several_flags_run_only_when_each_flag_is_right():
         (cadence, {"1": 1, "-1": -1}, ["0", "-2", "1.5", ""]),
         (resume_point, {"auto": "auto", "no": "no", "0": 0, "12": 12, "-1": "no", "-2": "newest"}, ["-3", "x", ""]),
         (one_of("", "cpu"), {"": "", "cpu": "cpu"}, ["CPU", "c", "gpu"]),
+        (seed, {"0": 0, "9223372036854775807": 2**63 - 1}, ["-1", "9223372036854775808", "9" * 5000]),
+        (depth, {"1": 1, "1000": 1000}, ["0", "1001"]),
+        (sequence_length, {"2": 2, "16777216": 2**24}, ["1", "16777217"]),
+        (vocabulary_size, {"265": 265, "1048576": 2**20}, ["0", "1048577"]),
+        (flops, {"1e18": 1e18}, ["0", "1e31", "inf"]),
+        (positive_int, {"1000000000000": 10**12}, ["1000000000001"]),
+        (positive_float, {"1e-9": 1e-9, "1e12": 1e12}, ["1e-10", "1e13", "5e-324"]),
+        (head_dim, {"2": 2, "128": 128}, ["0", "15", "65538", "x"]),
+        (some_text, {"a": "a", " b ": " b "}, ["", "  \n"]),
+        (layer_pattern, {"A": "A", "AAM": "AAM"}, ["", "A A", "A\n", "A1"]),
+        (window_pattern, {"L": "L", "SSSL": "SSSL"}, ["", "Q", "sl", "SL\n"]),
+        (
+            folder_name,
+            {"": "", "d12": "d12", "über": "über"},
+            [".", "..", ".a", "a/b", "a\\b", "a\nb", "a\033", "ü" * 101],
+        ),
     ],
 )
 def test_kinds_of_value_take_what_is_in_range_and_refuse_the_rest(kind, good, bad):
     assert {text: kind(text) for text in good} == good
     for text in bad:
-        with pytest.raises(ValueError, match=r"must be|choose one of"):
+        with pytest.raises(ValueError, match=r"must (not )?be|choose one of"):
             kind(text)
+
+
+def test_a_long_or_unprintable_mistake_is_told_in_short_and_on_one_line():
+    told = problems(f"--depth={'9' * 5000}", "--depth=\033[31m", "--" + "x" * 5000)
+    assert len(told) == 3 and all(len(problem) < 250 and problem.isprintable() for problem in told)
+
+
+def test_going_on_with_a_run_and_replacing_it_exclude_each_other():
+    parser = Parser("groups")
+    add_run_flags(parser)
+    assert parser.parse(["--overwrite", "--resume=no"]).overwrite
+    for resume in ("auto", "7", "-2"):
+        with pytest.raises(UserError, match=r"^--resume, --overwrite: give one of them"):
+            parser.parse([f"--resume={resume}", "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "tag"),
+    [
+        ([], "d4"),
+        (["--run=dummy"], "d4"),
+        (["--run=mine"], "mine"),
+        (["--run=mine", "--model-tag=other"], "other"),
+        (["--run=dummy", "--model-tag=dummy"], "dummy"),
+    ],
+)
+def test_a_run_is_kept_under_its_tag_else_its_name_else_the_default(argv, tag):
+    parser = Parser("groups")
+    add_run_flags(parser)
+    assert run_tag(parser.parse(argv), "d4") == tag
+
+
+def test_of_flags_that_mean_the_same_thing_one_may_be_given():
+    parser = make_parser()
+    parser.flag("--first-way", positive_int, None, "a")
+    parser.flag("--second-way", positive_int, None, "b")
+    parser.check(lambda args: at_most_one(args, ("first_way", "second_way")))
+    assert parser.parse(["--first-way=1"]).second_way is None
+    with pytest.raises(UserError, match=r"^--first-way, --second-way: give one of them$"):
+        parser.parse(["--first-way=1", "--second-way=2"])
+
+
+def test_the_switches_without_flags_are_the_model_configuration_s_own():
+    parser = Parser("groups")
+    add_architecture_flags(parser)
+    assert ModelConfig(**architecture_switches(parser.parse([]))) == ModelConfig()
+
+
+def test_every_mistake_in_a_model_configuration_is_told_at_once_by_its_flag():
+    with pytest.raises(UserError) as caught:
+        ModelConfig(sequence_len=0, vocab_size=-1, n_layer=0, layer_pattern="", window_pattern="Q", softcap=-1)
+    told = str(caught.value).splitlines()
+    flags = [
+        "--max-seq-len=0",
+        "--vocab-size=-1",
+        "--depth=0",
+        "--layer-pattern=",
+        "--window-pattern=Q",
+        "--softcap=-1",
+    ]
+    assert [line.split(":")[0] for line in told] == flags
+    with pytest.raises(UserError, match=r"^--head-dim=15: must be even"):
+        ModelConfig(n_head=2, n_kv_head=2, n_embd=30)
+    with pytest.raises(UserError, match=r"^n_embd=30: .*\nn_head=4: must be a multiple of n_kv_head=3$"):
+        ModelConfig(n_head=4, n_kv_head=3, n_embd=30)
 
 
 def test_limits_are_shown_in_full():
@@ -265,40 +308,3 @@ def test_a_checkpoint_is_picked_by_long_and_short_flags_alike():
         ["--source=base", "--model_tag=d4", "--model-step=7"]
     )
     assert parser.parse([]).source == "sft"
-
-
-# As a process -----------------------------------------------------------------------------------------------------
-
-
-def test_a_good_line_runs_and_leaves_with_0(recipe):
-    done = recipe("--", "--device_type", "cpu", "-p", "two words", "--dry-run")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "depth=4 device='cpu' prompt='two words' dry=True\n"
-
-
-def test_a_bad_line_leaves_with_2_and_one_line_for_each_problem(recipe):
-    done = recipe("--depth=0", "--depht=3", "--device-type=gpu")
-    lines = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(lines) == 3
-    assert all(line.startswith("error: --") for line in lines)
-    assert "error: --device-type=gpu: choose one of '', cpu, cuda" in lines
-
-
-def test_a_broken_rule_or_a_user_error_leaves_with_2_and_no_traceback(recipe):
-    done = recipe("--depth=13")
-    assert (done.returncode, done.stderr) == (2, "error: --depth=13: unlucky\n")
-    done = recipe("-p", "disk")
-    assert (done.returncode, done.stderr) == (2, "error: disk: full\nerror: memory: full\n")
-
-
-def test_an_interrupt_leaves_with_130_and_no_traceback(recipe):
-    done = recipe("-p", "stop")
-    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
-
-
-def test_help_shows_percent_signs_choices_as_typed_and_the_docstring(recipe):
-    done = recipe("--depth=0", "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    for shown in ("100% small", "50% of the dial (default 4)", "0% of the work", "cpu|cuda", "--prompt TEXT"):
-        assert shown in done.stdout, shown

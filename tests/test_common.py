@@ -1,5 +1,8 @@
 """What every room uses: whole files or old files, paths from the environment, ranks, device peaks."""
 
+import errno
+import gzip
+import os
 import subprocess
 import sys
 import threading
@@ -12,9 +15,13 @@ from nanochat.common import (
     UserError,
     atomic_write,
     base_dir,
+    check_writable,
     launch_ranks,
+    open_bytes,
     peak_flops,
     print0,
+    printable,
+    reading,
     requested_dtype,
 )
 
@@ -63,7 +70,7 @@ def test_a_disk_that_refuses_leaves_the_old_file_and_says_so(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
-    assert done.stdout.startswith(f"{path}: could not be written (File too large)")
+    assert done.stdout.startswith(f"{path}: could not be written (File too large); choose another folder with NANOCHAT")
     assert len(done.stdout.splitlines()) == 1
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -76,6 +83,53 @@ def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
         atomic_write(tmp_path / "file" / "below") as temporary,
     ):
         temporary.write_text("never")
+
+
+def test_a_full_disk_asks_for_space_and_no_other_folder(tmp_path):
+    with pytest.raises(UserError, match=r"could not be written \(No space left on device\); free some space$"):  # noqa: SIM117
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.write_text("part")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_can_be_written_is_told_from_one_that_cannot_and_nothing_is_left(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "file")
+    check_writable(tmp_path / "file")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(.*taken is no folder\); choose another folder"):
+        check_writable(tmp_path / "taken" / "below" / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    "content", [b"", b"ab", b"abcdef", b"\xef\xbb", b"\xef\xbb\xbf", b"\xef\xbb\xbf\xef\xbb\xbfab"]
+)
+def test_bytes_are_unpacked_and_read_after_one_byte_order_mark(tmp_path, pack, content):
+    path = tmp_path / ("a.txt" if pack is bytes else "a.txt.GZ")
+    path.write_bytes(pack(content))
+    with open_bytes(path) as file:
+        assert file.read() == content.removeprefix(b"\xef\xbb\xbf")
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_what_to_do(tmp_path):
+    for name, told in (
+        ("gone", r"No such file or directory\); check the path"),
+        ("bad.gz", r"\); it may be truncated"),
+    ):
+        (tmp_path / "bad.gz").write_bytes(b"no gzip")
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(.*{told}"), open_bytes(tmp_path / name) as file:
+            file.read()
+    with (
+        pytest.raises(UserError, match=r"a, row 3: cannot be read \(odd\); it may"),
+        reading(Path("a"), ", row 3", RuntimeError),
+    ):
+        raise RuntimeError("odd")
+
+
+def test_text_is_shown_on_one_line_and_moves_no_cursor():
+    assert printable("a\n\033[31m\tzażółć 👩\u202e") == "a\\n\\x1b[31m\\tzażółć 👩\\u202e"
 
 
 def test_two_threads_may_write_the_same_file(tmp_path):
@@ -123,6 +177,10 @@ def test_an_empty_dtype_counts_as_none(monkeypatch):
         ({"RANK": "5"}, (0, 1, 0)),
         ({"RANK": "5", "WORLD_SIZE": "8"}, (5, 8, 0)),
         ({"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}, (13, 16, 5)),
+        ({"RANK": "x"}, "RANK=x: must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK=: must be"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2: ranks are numbered from 0"),
     ],
 )
 def test_ranks_are_what_the_launcher_says(monkeypatch, environment, ranks):
@@ -130,7 +188,11 @@ def test_ranks_are_what_the_launcher_says(monkeypatch, environment, ranks):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launch_ranks() == ranks
+    if isinstance(ranks, str):
+        with pytest.raises(UserError, match=f"^{ranks}"):
+            launch_ranks()
+    else:
+        assert launch_ranks() == ranks
 
 
 def test_only_rank_0_prints(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.dataset import Corpus, Split, open_corpus
+
+LINE = b'{"text": "good"}\n'
 
 
 def documents(count: int, name: str = "d") -> list[str]:
@@ -167,10 +171,8 @@ def test_blocks_are_row_groups_or_slices_of_1024(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "d.jsonl.gz", texts)
     write_jsonl(tmp_path / "e.jsonl", ["val"])
     corpus = open_corpus(tmp_path)
-    assert corpus.train.num_documents is None  # lines are not counted yet
     blocks = [block.read() for block in corpus.train.blocks()]
     assert [len(block) for block in blocks] == [700] * 3 + [1024, 1024, 52] * 3
-    assert corpus.train.num_documents == 8400
     assert everything(corpus.train) == texts * 4
 
 
@@ -188,6 +190,25 @@ def test_blank_lines_empty_texts_and_a_byte_order_mark_are_no_text(tmp_path: Pat
     (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbffour\r\nfive")
     train, val = both(open_corpus(tmp_path))
     assert (train, val) == (["one", "two", "four\r\n"], ["three", "five"])
+
+
+def test_a_byte_order_mark_is_no_text_in_any_kind_of_file_and_block(tmp_path: Path) -> None:
+    mark, lines = b"\xef\xbb\xbf", b"".join(json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(1500))
+    (tmp_path / "a.jsonl").write_bytes(mark + lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(mark + lines))
+    (tmp_path / "c.jsonl").write_bytes(LINE)
+    for name in ("d.txt.gz", "e.txt.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(mark + b"text"))
+    train, val = both(open_corpus(tmp_path))
+    assert train == [f"{i}" for i in range(1500)] * 2 + ["text"] and val == ["good", "text"]
+
+
+def test_the_rule_says_why_a_lone_file_is_not_split_by_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", documents(50))
+    assert "a.jsonl is one file, so it is split by document: about 1 in 20" in open_corpus(tmp_path).describe()
+    (tmp_path / "b.txt").write_text("text " * 100)
+    shown = open_corpus(tmp_path / "b.txt").describe()
+    assert "b.txt is one document, so it is cut: its last tenth" in shown and "\n" not in shown
 
 
 def test_the_fingerprint_follows_names_sizes_and_side(tmp_path: Path) -> None:
@@ -223,10 +244,14 @@ def truncated_parquet(folder: Path) -> Path:
     [
         (lambda folder: folder / "missing", r"missing: no such file"),
         (lambda folder: folder, r"the folder holds no text; put it there as \.parquet"),
+        (
+            lambda folder: folder / ("n" * 300 + ".txt"),
+            r"n\.txt: cannot be read \(File name too long\); check the path",
+        ),
         (write("a.csv", b"x"), r"a\.csv: not a kind of file that holds text here; allowed are \.parquet"),
         (write("a.txt", b""), r"a\.txt: the file is empty \(0 bytes\)"),
-        (write("a.parquet", b"PAR1nothing here"), r"a\.parquet: could not be read"),
-        (truncated_parquet, r"cut\.parquet: could not be read .*truncated or corrupt"),
+        (write("a.parquet", b"PAR1nothing here"), r"a\.parquet: cannot be read"),
+        (truncated_parquet, r"cut\.parquet: cannot be read .*truncated or corrupt"),
         (lambda folder: write_parquet(folder / "a.parquet", []), r"a\.parquet: holds no rows"),
         (
             lambda folder: write_parquet(folder / "a.parquet", ["x"], column="body"),
@@ -264,18 +289,15 @@ def corrupt_pages(folder: Path) -> Path:
     return path
 
 
-LINE = b'{"text": "good"}\n'
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (write("a.txt.gz", gzip.compress(b"text" * 1000)[:-20]), r"a\.txt\.gz: could not be read .*truncated"),
-        (write("a.txt.gz", b"no gzip at all"), r"a\.txt\.gz: could not be read"),
+        (write("a.txt.gz", gzip.compress(b"text" * 1000)[:-20]), r"a\.txt\.gz: cannot be read .*truncated"),
+        (write("a.txt.gz", b"no gzip at all"), r"a\.txt\.gz: cannot be read"),
         (write("a.txt.gz", gzip.compress(b"")), r"a\.txt\.gz: holds no text"),
         (write("a.txt", b"good \xff bad"), r"a\.txt: not UTF-8 \(byte 5\)"),
         (write("a.txt", b"x"), r"a\.txt: 1 character is too short to be split"),
-        (write("a.jsonl.gz", gzip.compress(LINE * 1000)[:-20]), r"a\.jsonl\.gz: could not be read"),
+        (write("a.jsonl.gz", gzip.compress(LINE * 1000)[:-20]), r"a\.jsonl\.gz: cannot be read"),
         (write("a.jsonl", LINE + b'{"text": "b\xff"}\n'), r"a\.jsonl, line 2: not UTF-8 \(byte 11 of the line\)"),
         (write("a.jsonl", LINE + b"\n{text\n"), r"a\.jsonl, line 3: not JSON"),
         (write("a.jsonl", b"[" * 100_000), r"a\.jsonl, line 1: not JSON"),
@@ -288,7 +310,7 @@ LINE = b'{"text": "good"}\n'
             r"a\.parquet, row 5 \(from 0\): the text is null",
         ),
         (not_utf8_parquet, r"a\.parquet, row 1 \(from 0\): the text is not UTF-8 \(byte 4\)"),
-        (corrupt_pages, r"a\.parquet, row group 0: could not be read"),
+        (corrupt_pages, r"a\.parquet, row group 0: cannot be read"),
     ],
 )
 def test_bad_texts_are_errors_when_read_by_block_or_in_one_pass(
@@ -308,6 +330,29 @@ def test_a_file_of_blank_lines_has_no_blocks_to_train_on(tmp_path: Path) -> None
         open_corpus(path).train.blocks()
 
 
+def test_what_may_not_be_read_is_told_as_such(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", documents(3))
+    corpus = open_corpus(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read \(No such file or directory\); check the path"):
+        corpus.train.fingerprint()
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65_534)  # root may read everything
+    try:
+        with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\); its permissions"):
+            open_corpus(folder)
+    finally:
+        os.seteuid(user)
+
+
+def test_downloading_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match="--data-dir"):
+        dataset.main()
+
+
 def test_half_surrogates_in_json_are_left_to_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINE + b'{"text": "half \\ud800"}\n')
     train, val = both(open_corpus(tmp_path))
@@ -316,7 +361,7 @@ def test_half_surrogates_in_json_are_left_to_the_tokenizer(tmp_path: Path) -> No
 
 def test_the_real_shards_are_read_whole(real_data: Path) -> None:
     corpus = open_corpus(real_data / "pretrain")
-    assert (corpus.train.num_documents, corpus.val.num_documents) == (8244, 1203)
+    assert [sum(len(block.read()) for block in side.blocks()) for side in (corpus.train, corpus.val)] == [8244, 1203]
     assert len(corpus.train.blocks()) == 12
     assert "shard_00004.parquet" in corpus.describe()
     assert sum(len(text.encode()) for text in corpus.val.documents()) == 7_179_284

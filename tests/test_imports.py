@@ -28,6 +28,7 @@ FLOORS = (
         "stdlib_corpus",
         "chat",
         "abilities",
+        "knowledge",
         "tokenizer",
         "scaling",
     ),
@@ -37,6 +38,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = {
+    ("cli", "config"),
     ("loader", "dataset"),
     ("loader", "packing"),
     ("loader", "fim"),
@@ -46,13 +48,16 @@ SAME_FLOOR = {
     ("fim", "tokenizer"),
     ("dataset", "stdlib_corpus"),
     ("abilities", "chat"),
+    ("abilities", "stdlib_corpus"),
+    ("abilities", "knowledge"),
     ("engine", "tools"),
+    ("train", "checkpoint"),
 }
 COMMON_ONLY = {"cpp"}  # token counter and compile check are passed in by its recipe
 LIBRARY = sorted((ROOT / "nanochat").rglob("*.py"))
 SOURCES = LIBRARY + sorted((ROOT / "tasks").rglob("*.py")) + sorted((ROOT / "scripts").rglob("*.py"))
 RECIPES = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if not path.name.startswith("_"))
-WITHOUT_TORCH = ("common", "config", "cli", "tokenizer", "chat", "dataset", "packing", "scaling", "tools")
+WITHOUT_TORCH = ("common", "config", "cli", "tokenizer", "chat", "dataset", "packing", "scaling", "tools", "abilities")
 
 
 def module_name(path: Path) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,14 +75,38 @@ def test_the_whole_path_from_text_to_an_answer(
         assert capsys.readouterr().out.strip()
 
 
+SWITCHES = {
+    "--doc-mask": {"doc_mask": True},
+    "--no-smear": {"smear": False},
+    "--no-backout": {"backout": False},
+    "--no-value-embeddings": {"value_embeddings": False},
+    "--no-qk-norm": {"qk_norm": False},
+    "--tied-head": {"tied_head": True},
+    "--residual=plain": {"residual": "plain"},
+    "--mlp-activation=gelu": {"mlp_activation": "gelu"},
+    "--softcap=0": {"softcap": 0.0},
+    "--window-pattern=L": {"window_pattern": "L"},
+    "--laws=reference": {},
+}
+
+
+# Rows of 64 positions lie within every window and within one long document; at depth 2 the middle layer is the last,
+# and the final norm undoes taking a share of it out.
+NO_EFFECT_HERE = {"--window-pattern=L", "--doc-mask", "--no-backout", "--laws=reference"}
+
+
 @pytest.mark.usefixtures("tokenizer")
-def test_document_masks_and_every_switch_train(text: Path) -> None:
-    switches = ["--doc-mask", "--no-smear", "--no-backout", "--no-value-embeddings", "--no-qk-norm", "--tied-head"]
-    switches += ["--residual=plain", "--mlp-activation=gelu", "--softcap=0", "--window-pattern=L", "--laws=reference"]
-    for switch in switches:
-        arguments = [*TINY, f"--data-dir={text}", switch, "--num-iterations=2", "--eval-every=-1", "--overwrite"]
-        base_train.main(arguments)
-        assert all(record["loss_raw"] < 7 for record in metrics("base")[:2]), switch
+def test_every_switch_trains_another_model_that_is_saved_as_such(text: Path) -> None:
+    flags = [*TINY, f"--data-dir={text}", "--num-iterations=6", "--eval-every=-1", "--overwrite"]
+    base_train.main(flags)
+    plain, plain_losses = find_checkpoint("base").config, [record.get("loss_raw") for record in metrics("base")]
+    for switch, change in SWITCHES.items():
+        base_train.main([*flags, switch])
+        assert find_checkpoint("base").config == replace(plain, **change), switch
+        losses = [record["loss_raw"] for record in metrics("base")[:6]]
+        assert max(losses) < 7, switch
+        if switch not in NO_EFFECT_HERE:
+            assert losses != plain_losses[:6], switch
 
 
 @pytest.mark.usefixtures("tokenizer")
@@ -134,9 +159,14 @@ def test_a_prompt_longer_than_the_context_is_shortened_by_rule(
 ) -> None:
     base_train.main([*TINY, f"--data-dir={text}", "--num-iterations=1", "--eval-every=-1"])
     chat_sft.main([f"--data={chats}", "--num-iterations=1", "--eval-every=-1", "--logger=none"])
-    for source in ("base", "sft"):
-        chat_cli.main([f"--source={source}", "-p", "far too long " * 500, "--max-tokens=5"])
-    assert len(capsys.readouterr().out) > 0
+    capsys.readouterr()
+    answers = []
+    for beginning in ("", "more words before "):  # only the end of what is too long is read
+        chat_cli.main(["-p", beginning * 99 + "far too long " * 500, "--max-tokens=5"])
+        answers.append(capsys.readouterr().out)
+        chat_cli.main(["--source=base", "-p", beginning * 99 + "far too long " * 500, "--max-tokens=5"])
+        answers.append(capsys.readouterr().out[-20:])
+    assert answers[:2] == answers[2:]
 
 
 def test_a_conversation_on_the_terminal_remembers_and_clears(
@@ -208,10 +238,10 @@ def test_all_mistakes_of_a_command_line_are_told_at_once_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--total-batch-size=300"], ["--total-batch-size=300", "multiple of 128", "256 and 384"]),
+        (["--total-batch-size=300"], ["--total-batch-size", "300", "multiple of 128", "256 and 384"]),
         (["--data-dir=nowhere"], ["nowhere"]),
         (["--layer-pattern=AX"], ["AX", "known are"]),
-        (["--window-pattern=Q"], ["window_pattern", "S (short)"]),
+        (["--window-pattern=Q"], ["--window-pattern=Q", "S (short)"]),
         (["--resume=7"], ["--resume=7", "there are"]),
         (["--device-type=cuda"], ["--device-type=cuda", "cpu"]),
         (["--head-dim=15"], ["15", "even"]),
@@ -253,3 +283,21 @@ def test_a_corrupt_tokenizer_and_a_missing_model_are_told(base_dir: Path, text: 
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "tokenizer.json" in result.stderr
     result = run_recipe("chat_cli", "-p", "hi", base=base_dir)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "no sft model is there" in result.stderr
+
+
+def test_a_damaged_checkpoint_or_one_of_another_tokenizer_is_refused_and_stays(
+    base_dir: Path, text: Path, tokenizer: None
+) -> None:
+    flags = [*TINY, f"--data-dir={text}", "--num-iterations=4", "--eval-every=-1", "--save-every=2"]
+    base_train.main(flags)
+    (run_folder("base", "d2") / "run.json").unlink()  # as if it had been stopped
+    tok_train.main([f"--data-dir={text}", "--vocab-size=400", "--overwrite", "--doc-cap=1000"])
+    result = run_recipe("base_train", *flags, "--resume=auto", base=base_dir)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "another tokenizer" in result.stderr
+    weights = run_folder("base", "d2") / "step_000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for recipe, arguments in (("base_train", [*flags, "--resume=auto"]), ("base_loss", [f"--data-dir={text}"])):
+        result = run_recipe(recipe, *arguments, base=base_dir)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+        assert "model.safetensors: missing or damaged" in result.stderr
+    assert saved_steps(run_folder("base", "d2")) == [2, 4]

@@ -3,10 +3,12 @@
 from itertools import pairwise
 
 import pytest
+import torch
 
 from nanochat.common import UserError
-from nanochat.model.gpt import flops_per_token, predict_parameters, scaling_parameters
+from nanochat.model.gpt import GPT, flops_per_token, predict_parameters, scaling_parameters
 from nanochat.scaling import (
+    LAWS,
     BaseRates,
     Horizon,
     Schedule,
@@ -76,6 +78,14 @@ def test_the_reference_laws_give_the_ancestors_table(depth: int) -> None:
     assert derived == pytest.approx(REFERENCE[depth][9:], rel=2e-3)
 
 
+@pytest.mark.parametrize("laws", ["reference", "nanochat"])
+@pytest.mark.parametrize("depth", [*REFERENCE, 5, 11])
+def test_a_model_of_every_depth_has_the_predicted_parameters(depth: int, laws: str) -> None:
+    config = model_config(depth, laws=laws)
+    with torch.device("meta"):
+        assert GPT(config).parameter_counts() == predict_parameters(config)
+
+
 @pytest.mark.parametrize(
     ("depth", "rates"),
     [
@@ -105,6 +115,13 @@ def test_our_batch_and_decay_follow_the_real_horizon_and_the_reference_ones_do_n
     assert plan_of(12, "nanochat", short).weight_decay > plan_of(12, "nanochat", long).weight_decay
 
 
+def test_learning_rates_hardly_fall_with_small_batches_and_grow_with_the_root_of_large_ones() -> None:
+    ours, reference = LAWS["nanochat"], LAWS["reference"]
+    assert ours.lr_scale(2**12) == pytest.approx(7 * reference.lr_scale(2**12), rel=0.05)
+    assert ours.lr_scale(2**21) == reference.lr_scale(2**21) == 2.0
+    assert ours.lr_scale(2**19) == reference.lr_scale(2**19) == 1.0
+
+
 def test_at_the_reference_point_both_laws_agree() -> None:
     ours, reference = plan_of(12, "nanochat"), plan_of(12, "reference")
     assert (ours.num_steps, ours.total_batch_tokens) == (reference.num_steps, reference.total_batch_tokens)
@@ -130,7 +147,7 @@ def test_no_depth_lacks_a_plan(depth: int) -> None:
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do() -> None:
-    with pytest.raises(UserError, match="nearest are 4096 and 6144"):
+    with pytest.raises(UserError, match="nearest totals are 4096 and 6144"):
         plan_of(4, "nanochat", total_batch_tokens=5000)
 
 

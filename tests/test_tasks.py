@@ -10,7 +10,7 @@ import pytest
 from nanochat.chat import Conversation, check_conversation, render_conversation
 from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
-from tasks.common import JSONLTask, Task, TaskMixture, load_conversations
+from tasks.common import JSONLTask, Task, TaskMixture, hold_out, load_conversations
 
 
 class Echo(Task):
@@ -72,9 +72,9 @@ def test_an_index_must_be_a_whole_number_in_range() -> None:
         task[1.0]
 
 
-def test_reward_is_one_for_a_right_reply_and_a_task_without_a_rule_says_so(tmp_path: Path) -> None:
+def test_a_task_judges_a_reply_and_one_without_a_rule_says_so(tmp_path: Path) -> None:
     task = Echo("a", 1)
-    assert (task.reward(task[0], "a0"), task.reward(task[0], "a1")) == (1.0, 0.0)
+    assert (task.evaluate(task[0], "a0"), task.evaluate(task[0], "a1")) == (True, False)
     data = JSONLTask(write(tmp_path / "a.jsonl", chat("a")))
     with pytest.raises(UserError, match="JSONLTask is for training only"):
         data.evaluate(data[0], "a")
@@ -171,6 +171,21 @@ def test_a_folder_is_all_its_files_and_an_empty_one_is_an_error(tmp_path: Path) 
     write(tmp_path / "c.jsonl", chat("c"), {})
     with pytest.raises(UserError, match=r"c\.jsonl, line 2"):
         load_conversations(tmp_path)
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read \(File name too long\); check the path"):
+        load_conversations(tmp_path / ("n" * 300))
+
+
+def test_holding_out_needs_two_beginnings_and_names_the_file_that_has_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "same.jsonl", *[chat("a")] * 3)
+    for source in (path, tmp_path):
+        with pytest.raises(UserError, match=rf"^{source}: all conversations begin with the same user message"):
+            hold_out(load_conversations(source), one_in=2)
+    write(path, chat("a"), chat("b"), chat("a"))
+    training, held_out = hold_out(load_conversations(path), one_in=10**9)
+    assert sorted(len(side) for side in (training, held_out)) == [1, 2]
 
 
 def test_real_conversations_are_read_and_rendered(real_data: Path) -> None:

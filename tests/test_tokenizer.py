@@ -1,8 +1,9 @@
 """The tokenizer: exact round trips, one file as the truth, no special token from text."""
 
 import json
+import re
 import sys
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -178,14 +179,19 @@ def test_a_larger_vocabulary_begins_with_the_smaller_one(tokenizer: Tokenizer) -
 
 def test_the_smallest_vocabulary_is_bytes_and_special_tokens() -> None:
     assert Tokenizer.train([], 265).encode("é") == [0xC3, 0xA9]
-    with pytest.raises(UserError, match="vocab_size=264: must be at least 265"):
+    with pytest.raises(UserError, match="--vocab-size=264: must be at least 265"):
         Tokenizer.train(TEXTS, 264)
 
 
 def test_too_little_text_is_an_error_that_names_a_size_that_works() -> None:
-    with pytest.raises(UserError, match=r"vocab_size=5000: .* at most 268") as error:
+    words = [" ".join(map("".join, product("abcdefghijklmnopqrst", repeat=2)))]
+    with pytest.raises(UserError, match=r"^--vocab-size=5000: .* --vocab-size=\d+$") as error:
+        Tokenizer.train(words, 5000)
+    _, reached, named = map(int, re.findall(r"\d+", str(error.value)))
+    assert 265 < named == reached // 2  # the largest possible has tokens that occur only once
+    assert Tokenizer.train(words, named).vocab_size == named
+    with pytest.raises(UserError, match=r"--vocab-size=265$"):
         Tokenizer.train(["abcd"], 5000)
-    assert Tokenizer.train(["abcd"], int(str(error.value).split()[-1])).encode("abcd") == [258]
 
 
 # The file -------------------------------------------------------------------------------------------------------
@@ -287,10 +293,46 @@ def test_tok_train_saves_a_tokenizer_that_tok_eval_measures(text_file: str, base
 
 
 def test_the_vocabulary_follows_from_the_depth(text_file: str, base_dir: Path, capsys) -> None:
-    with pytest.raises(UserError, match=r"vocab_size=2048: .*--vocab-size\) of at most \d+"):
+    with pytest.raises(UserError, match=r"^--vocab-size=2048 \(derived from --depth=2\): .*or --vocab-size=\d+$"):
         tok_train.main([text_file, "--depth=2"])
     assert "vocab size: 2,048 (derived from --depth=2)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^--vocab-size=32768 \(derived from --depth=2\)"):
+        tok_train.main([text_file, "--depth=2", "--laws=reference"])
+    with pytest.raises(UserError, match=r"^--vocab-size=2048: "):
+        tok_train.main([text_file, "--vocab-size=2048"])
     assert not (base_dir / "tokenizer").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_text_is_read(text_file: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "text.txt"))
+    monkeypatch.setattr(Tokenizer, "train", None)  # not reached
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: cannot be written .*text\.txt is no folder.*NANOCHAT_BASE_DIR"
+    ):
+        tok_train.main([text_file, "--vocab-size=300"])
+
+
+def test_the_tokens_of_a_text_or_a_conversation_are_shown_in_colour(text_file: str, base_dir: Path, capsys) -> None:
+    tok_train.main([text_file, "--vocab-size=300"])
+    capsys.readouterr()
+
+    def shown(text: str) -> list[tuple[str, str]]:
+        tok_eval.main([f"--show={text}"])
+        return re.findall("\033\\[(3[12])m(.*?)\033", capsys.readouterr().out)
+
+    assert shown("é\n") == [("31", "<|bos|>"), ("32", "\ufffd"), ("32", "\ufffd"), ("32", "\\n")]
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    colours = dict(map(reversed, shown(json.dumps({"messages": chat}))))
+    assert (colours["<|user_start|>"], colours["h"], colours["y"], colours["<|assistant_end|>"]) == (
+        "31",
+        "31",
+        "32",
+        "32",
+    )
+    assert shown('{"a": 1}')[1][1] == "{"
+    for wrong in ('{"messages": []}', '{"messages": [{"role": "user"}]}'):
+        with pytest.raises(UserError, match=r"^--show: "):
+            shown(wrong)
 
 
 def test_an_existing_tokenizer_is_kept_unless_told_otherwise(text_file: str, base_dir: Path, capsys) -> None:

@@ -26,6 +26,11 @@ class Answer:
     reply: list[Part]
     is_right: bool
 
+    @property
+    def text(self) -> str:
+        """The reply with its tool calls and their outputs in brackets."""
+        return "".join(part["text"] if part["type"] == "text" else f"[{part['text']}]" for part in self.reply)
+
 
 def answer_all(
     engine: Engine,

@@ -182,13 +182,13 @@ def check_tables(config: ModelConfig) -> None:
     unknown = "".join(sorted(set(config.layer_letters) - set(MIXERS)))
     if unknown:
         known = ", ".join(MIXERS)
-        raise UserError(f"layer pattern {config.layer_pattern!r} has unknown letters {unknown!r}: known are {known}")
+        raise UserError(f"--layer-pattern={config.layer_pattern}: unknown letters {unknown!r}; known are {known}")
     for value, table, name in (
-        (config.residual, RESIDUALS, "residual scheme"),
-        (config.mlp_activation, ACTIVATIONS, "activation"),
+        (config.residual, RESIDUALS, "--residual"),
+        (config.mlp_activation, ACTIVATIONS, "--mlp-activation"),
     ):
         if value not in table:
-            raise UserError(f"unknown {name} {value!r}: known are {', '.join(table)}")
+            raise UserError(f"{name}={value}: unknown; known are {', '.join(table)}")
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:

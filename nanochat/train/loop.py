@@ -30,6 +30,7 @@ SMOOTHING = 0.9  # of the reported loss
 class Progress:
     """What a resumed loop must know; saved with every checkpoint."""
 
+    steps: int = 0
     train_s: float = 0.0
     elapsed_s: float = 0.0
     tokens: int = 0
@@ -126,14 +127,24 @@ class Loop:
             for logger in self.loggers:
                 logger.close()
 
+    def summary(self) -> Record:
+        """What the run came to, for its report."""
+        p = self.progress
+        speed = p.tokens / p.train_s if p.train_s else None
+        flops = p.tokens * self.flops_per_token
+        return {"steps": p.steps, "tokens": p.tokens, "flops": flops, "train_s": p.train_s, "tokens_per_s": speed}
+
     def _total(self, index: int) -> int:
         """Steps in all; under a time budget what the pace so far allows, the same on every rank."""
         if self.time_budget_s is None:
             return self.num_steps
-        if not self._durations:
-            return max(index + 1, self.num_steps)
+        if self.progress.steps == 0:
+            return max(index + 1, self.num_steps)  # the plan's guess
+        recent_s = (
+            statistics.median(self._durations) if self._durations else self.progress.train_s / self.progress.steps
+        )
         left_s = self.rt.sum_number(self.time_budget_s - self.progress.train_s) / self.rt.world_size
-        pace_s = self.rt.sum_number(statistics.median(self._durations)) / self.rt.world_size
+        pace_s = self.rt.sum_number(recent_s) / self.rt.world_size
         return index + max(0, round(left_s / pace_s))
 
     def _finish(self, step: Step, began: float) -> None:
@@ -143,6 +154,7 @@ class Loop:
         progress = self.progress
         progress.elapsed_s += elapsed_s
         if not step.last:
+            progress.steps += 1
             progress.train_s += train_s
             progress.tokens += self.tokens_per_step
             self._durations.append(train_s)

@@ -4,10 +4,13 @@ A logger takes one flat record per step. New ones (TensorBoard and the like) are
 """
 
 import json
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanochat.common import UserError, atomic_write
 from nanochat.parallel import Runtime
 
 Record = dict[str, Any]
@@ -23,16 +26,24 @@ class JsonlLogger:
     """Appends records to a file; a resumed run first drops what it is about to do again."""
 
     def __init__(self, path: Path, start: int) -> None:
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] < start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._path = path
+        kept = [line for line in read_lines(path) if step_of(line) < start]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: could not be written ({error.strerror}); free space and continue with --resume=auto"
+            ) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was told by log
+            self._file.close()
 
 
 def read_lines(path: Path) -> list[str]:
@@ -40,6 +51,14 @@ def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def step_of(line: str) -> float:
+    """A record's step; a damaged line counts as never, so that a resumed run drops it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class ConsoleLogger:

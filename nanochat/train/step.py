@@ -30,19 +30,23 @@ def train_step(
 
     loss_fn: summed nats of a batch. Raises FloatingPointError, before anything is updated, if the loss is not finite.
     """
-    batches = [next(loader).to(rt.device) for _ in range(micro_batches)]
+    batches = [next(loader) for _ in range(micro_batches)]
     num_targets = rt.sum_number(sum(batch.num_targets() for batch in batches))
     if num_targets == 0:
         return None
     total = torch.zeros((), device=rt.device)
     for batch in batches:
+        batch = batch.to(rt.device)
         loss = loss_fn(batch.inputs, batch.targets, batch.document_ids) / num_targets
         loss.backward()
         total = total + loss.detach()
     mean_loss = rt.sum(total).item()
     if not math.isfinite(mean_loss):
         optimizer.zero_grad()
-        raise FloatingPointError(f"the loss is {mean_loss}")
+        raise FloatingPointError(
+            f"the loss is {mean_loss}; nothing was updated, the last checkpoint is intact: lower the learning rates, "
+            "or look at the data of this step"
+        )
     rt.sum_gradients(optimizer.parameters.values())
     optimizer.step(multipliers.lr, multipliers.momentum, multipliers.weight_decay)
     optimizer.zero_grad()

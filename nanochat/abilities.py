@@ -1,0 +1,397 @@
+"""Conversations made by rule: five abilities that a small model can learn in minutes, each with a judge.
+
+    spelling     How do you spell banana?             It is spelled b a n a n a
+    counting     How many a are in 'banana'?          [ 'banana'.count('a')] -> [3] The answer is 3.
+    arithmetic   What is 37*24?                       [37*24] -> [888] The answer is 888.
+    docs         What does `os.path.join` do?         Join two or more pathname components, inserting '/' as needed.
+    identity     Who are you?                         what `knowledge.md` says: the one place of these facts
+
+`ability.conversation(split, index)` is the same in every process for the same arguments, and there is one for every
+index. What is held out between the splits "train", "val" and "test":
+
+    words, operand pairs     by a hash; a word is on the same side in spelling and in counting
+    phrasings                by lists: no question of one split has the wording of one of another
+    docstrings               "train" and "test" ask about modules that may be trained on (`stdlib_corpus`), so "test" is
+                             recall under other words; "val" asks about held-out modules, which nobody can know by heart
+
+A judge reads a reply as message content (a string or parts, as `chat.ReplyReader` gives them) and looks at its text
+parts only, never at tool calls and outputs.
+
+Why the answers look as they do. A vocabulary learned from the library has a token for each of ` a` to ` z` (from 2,048
+entries on; with `-` or `,` between the letters most would take two), so a spelled word is one token per letter, the
+first letter included because a space stands before it. The call ` 'table'.count('t')` begins with a space so that the
+split pattern sees a quote and `table`, as in a question, and not the contraction `'t`. Answers are short, calls come
+first, and one sentence ends both kinds of tool use: a small model has little to learn but the skill.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Context, Decimal, Inexact
+from functools import cache
+from random import Random
+from typing import Protocol
+
+from nanochat import stdlib_corpus
+from nanochat.chat import Conversation, Message, Part
+from nanochat.common import UserError
+from nanochat.knowledge import read_facts
+
+SPLITS = ("train", "val", "test")
+VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
+Content = str | list[Part]
+
+
+class Ability(Protocol):
+    """Conversations without end, and a judge of replies to them."""
+
+    @property
+    def name(self) -> str: ...
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        """Number `index` of a split; its last message is a right answer."""
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        """Whether `reply` would do in the place of the last message."""
+
+
+def split_of(item: str) -> str:
+    """The split that a word or operand pair belongs to."""
+    percent = int.from_bytes(hashlib.sha256(item.encode()).digest()[:4], "big") % 100
+    return "val" if percent < VAL_PERCENT else "test" if percent < VAL_PERCENT + TEST_PERCENT else "train"
+
+
+def answer_text(content: Content) -> str:
+    """The text of an answer, without tool calls and their outputs."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+def _rng(name: str, split: str, index: int) -> Random:
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is unknown; there are {', '.join(SPLITS)}")
+    return Random(f"{name} {split} {index}")  # a string seeds through sha512, never through hash()
+
+
+def _conversation(ability: str, question: str, answer: Content) -> Conversation:
+    turns: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "subject": ability}
+
+
+def _reference(conversation: Conversation) -> str:
+    return answer_text(conversation["messages"][-1]["content"])
+
+
+def _with_tool(call: str, output: str) -> list[Part]:
+    return [
+        {"type": "python", "text": call},
+        {"type": "python_output", "text": output},
+        {"type": "text", "text": f"The answer is {output}."},
+    ]
+
+
+def _ends_in_same_number(conversation: Conversation, reply: Content) -> bool:
+    """The last number of the reply equals the last of the right answer."""
+    wanted, given = _last_number(_reference(conversation)), _last_number(answer_text(reply))
+    return given is not None and given == wanted
+
+
+def _last_number(text: str) -> Decimal | None:
+    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _casually(rng: Random, question: str) -> str:
+    """As people type: sometimes without the capital, sometimes without the mark at the end."""
+    if rng.random() < 0.2:
+        question = question[0].lower() + question[1:]
+    return question.rstrip("?.!") if rng.random() < 0.2 and question[-1] in "?.!" else question
+
+
+# Spelling and counting ------------------------------------------------------------------------------------------
+
+SPELL = {
+    "train": (
+        "How do you spell {w}?", "Spell {w}.", "Spell the word {w}.", "Please spell {w}.", "Can you spell {w}?",
+        "What is the spelling of {w}?", "Spell out {w}.", "Write {w} letter by letter.", "What are the letters of {w}?",
+        "Could you spell the word {w} for me?", "I need the spelling of {w}.", "List the letters of {w} in order.",
+        "How is {w} spelled?", "Tell me how to spell {w}.", "Which letters make up the word {w}?", "{w}, spelled out?",
+    ),
+    "val": ("How is the word {w} spelled?", "Write out the letters of {w}.", "Please spell the word {w} for me."),
+    "test": (
+        "Would you spell {w} for me?", "Please give the spelling of the word {w}.", "Spell {w} one letter at a time.",
+        "How would you spell {w}?", "Tell me the letters of the word {w}.", "How do I spell the word {w}?",
+    ),
+}  # fmt: skip
+COUNT = {
+    "train": (
+        "How many {l} are in {w}?", "How many {l} are there in {w}?", "Count the {l} in {w}.",
+        "How many times does {l} appear in {w}?", "How often does {l} occur in {w}?", "Count how many {l} {w} has.",
+        "How many times is the letter {l} in {w}?", "In {w}, how many {l} are there?", "How many {l} in {w}?",
+        "Tell me how many {l} are in the word {w}.", "What is the number of {l} in {w}?",
+        "Please count the letter {l} in the word {w}.", "How many letters {l} does {w} have?",
+    ),
+    "val": ("Count the letters {l} in the word {w}.", "How many times do you find {l} in {w}?"),
+    "test": (
+        "How many {l} does the word {w} have?", "How often is the letter {l} in the word {w}?",
+        "Please tell me how many {l} there are in {w}.", "Count all {l} in the word {w}.",
+        "How many times does the letter {l} occur in the word {w}?",
+    ),
+}  # fmt: skip
+
+
+@cache
+def words(split: str) -> tuple[str, ...]:
+    """The words of 4 to 12 letters of a split, from the text that may be trained on."""
+    return tuple(word for word in stdlib_corpus.words(stdlib_corpus.train_documents()) if split_of(word) == split)
+
+
+def _quoted(rng: Random, text: str) -> str:
+    mark = rng.choice(["", "", "'", '"'])
+    return f"{mark}{text}{mark}"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A word's letters. Right is a reply whose only run of single letters spells the word, however it is separated."""
+
+    name: str = "spelling"
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        rng = _rng(self.name, split, index)
+        word = rng.choice(words(split))
+        question = rng.choice(SPELL[split]).replace("{w}", _quoted(rng, word))
+        return _conversation(self.name, _casually(rng, question), f"It is spelled {' '.join(word)}")
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        return _spelled_word(answer_text(reply)) == _spelled_word(_reference(conversation))
+
+
+def _spelled_word(text: str) -> str | None:
+    runs = re.findall(r"(?<![a-z])[a-z](?:[ ,.:-]{1,2}[a-z])+(?![a-z])", text.lower())
+    return re.sub("[^a-z]", "", runs[0]) if len(runs) == 1 else None
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How often a letter occurs in a word, by the calculator. Right is a reply that ends in the number.
+
+    spells: the call counts in the spelled word, `' b a n a n a'.count('a')`: longer, but the same skill as spelling.
+    """
+
+    name: str = "counting"
+    spells: bool = False
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        rng = _rng(self.name, split, index)
+        word = rng.choice(words(split))
+        letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+        template = rng.choice(COUNT[split])
+        question = template.replace("{w}", _quoted(rng, word)).replace("{l}", _quoted(rng, letter))
+        call = f"' {' '.join(word)}'.count('{letter}')" if self.spells else f" '{word}'.count('{letter}')"
+        return _conversation(self.name, _casually(rng, question), _with_tool(call, str(word.count(letter))))
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        return _ends_in_same_number(conversation, reply)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------
+
+FRAMES = {  # around "37*24" or "37 times 24"
+    "train": (
+        "What is {e}?", "What is {e}?", "{e}", "{e} = ?", "Calculate {e}.", "Compute {e}.", "How much is {e}?",
+        "Please calculate {e}.", "What's {e}?", "Can you work out {e}?", "Tell me {e}.", "What does {e} equal?",
+        "I need the result of {e}.",
+    ),
+    "val": ("Please work out {e}.", "How much does {e} equal?"),
+    "test": (
+        "Tell me what {e} is.", "Can you calculate {e}?", "What is the result of {e}?", "Please compute {e} for me.",
+        "Could you tell me how much {e} is?", "What do you get for {e}?",
+    ),
+}  # fmt: skip
+ORDERS = {  # around "multiply 37 by 24"
+    "train": ("{e}.", "Please {e}.", "Can you {e}?", "{e} for me."),
+    "val": ("Now {e}.",),
+    "test": ("Could you {e}?", "Please {e} for me.", "I want you to {e}."),
+}
+WORDINGS = {  # (for FRAMES, for ORDERS): the same in all splits, like the signs; what differs is what stands around
+    "+": (("{a} plus {b}", "the sum of {a} and {b}"), ("add {a} and {b}", "add {b} to {a}")),
+    "-": (("{a} minus {b}", "the difference of {a} and {b}"), ("subtract {b} from {a}", "take {b} away from {a}")),
+    "*": (
+        ("{a} times {b}", "the product of {a} and {b}", "{a} x {b}"),
+        ("multiply {a} by {b}", "multiply {a} and {b}"),
+    ),
+    "/": (("{a} divided by {b}", "{a} over {b}"), ("divide {a} by {b}",)),
+}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Two numbers of 1 to 4 digits, + - * /, always by the calculator. Right is a reply that ends in the result."""
+
+    name: str = "arithmetic"
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        rng = _rng(self.name, split, index)
+        sign = rng.choice("+-*/")
+        a, b = _operands(rng, sign)
+        while split_of(f"{min(a, b)} {max(a, b)}") != split:  # who has seen 24*37 knows 37*24
+            a, b = _operands(rng, sign)
+        question = _casually(rng, _asked(rng, split, a, sign, b))
+        return _conversation(self.name, question, _with_tool(f"{a}{sign}{b}", result(a, sign, b)))
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        return _ends_in_same_number(conversation, reply)
+
+
+def _operands(rng: Random, sign: str) -> tuple[int, int]:
+    a, b = (rng.randrange(10 ** (size - 1) * (size > 1), 10**size) for size in rng.choices(range(1, 5), k=2))
+    if sign == "/":
+        b = max(b, 1)
+        if rng.random() < 0.6:  # most divisions that people ask for come out even
+            a = b * rng.randint(1, 9999 // b)
+    return a, b
+
+
+def _asked(rng: Random, split: str, a: int, sign: str, b: int) -> str:
+    phrases, orders = WORDINGS[sign]
+    way = rng.random()
+    if way < 0.25:
+        text = rng.choice(ORDERS[split]).replace("{e}", rng.choice(orders))
+        text = text[0].upper() + text[1:]
+    else:
+        symbols = (f"{{a}}{sign}{{b}}", f"{{a}} {sign} {{b}}")
+        text = rng.choice(FRAMES[split]).replace("{e}", rng.choice(symbols if way < 0.65 else phrases))
+    return text.replace("{a}", str(a)).replace("{b}", str(b))
+
+
+def result(a: int, sign: str, b: int) -> str:
+    """What the calculator answers (tools.calculate, which this floor may not import; a test compares them)."""
+    if sign != "/":
+        return str({"+": a + b, "-": a - b, "*": a * b}[sign])
+    for digits in (40, 12):  # exact where the decimals end
+        context = Context(prec=digits)
+        value = context.divide(Decimal(a), Decimal(b))
+        if not context.flags[Inexact]:
+            break
+    return f"{value.normalize():f}"
+
+
+# Docstrings -----------------------------------------------------------------------------------------------------
+
+EXPLAIN = {
+    "train": (
+        "What does {n} do?", "What does {n} do?", "Explain {n}.", "What is {n}?", "What is {n} for?", "Describe {n}.",
+        "Tell me about {n}.", "Tell me what {n} does.", "What do I use {n} for?", "Please explain {n}.", "{n}?",
+    ),
+    "val": ("Explain to me what {n} does.", "What is the purpose of {n}?"),
+    "test": ("Can you explain {n}?", "In Python, what does {n} do?", "What is {n} used for?", "Say what {n} does."),
+}  # fmt: skip
+STOP_WORDS = frozenset(re.findall("[a-z]+", "a an the of to in is are for and or if as it its that this be by with on"))
+MIN_F1 = 0.5
+
+
+@cache
+def docstrings(split: str) -> tuple[tuple[str, str], ...]:
+    """(dotted name, first sentence) in order of name: of held-out modules for "val", else of those trained on."""
+    side = stdlib_corpus.val_documents() if split == "val" else stdlib_corpus.train_documents()
+    return tuple(sorted(stdlib_corpus.first_sentences(side).items()))
+
+
+@dataclass(frozen=True)
+class Docs:
+    """The first sentence of a docstring.
+
+    Right is a reply with F1 of at least 0.5 against it, over lower-case words and numbers without STOP_WORDS.
+    """
+
+    name: str = "docs"
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        rng = _rng(self.name, split, index)
+        name, sentence = rng.choice(docstrings(split))
+        question = rng.choice(EXPLAIN[split]).replace("{n}", f"`{name}`" if rng.random() < 0.5 else name)
+        return _conversation(self.name, question, sentence)
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        return word_f1(answer_text(reply), _reference(conversation)) >= MIN_F1
+
+
+def word_f1(text: str, reference: str) -> float:
+    """Twice the shared words over all words of both, as bags of words."""
+    ours, theirs = (
+        Counter(word for word in re.findall(r"[a-z0-9_]+", side.lower()) if word not in STOP_WORDS)
+        for side in (text, reference)
+    )
+    total = sum(ours.values()) + sum(theirs.values())
+    return 2 * sum((ours & theirs).values()) / total if total else 0.0
+
+
+# Identity -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the assistant is and what it can do, greetings included. Right is a reply that the fact accepts."""
+
+    name: str = "identity"
+
+    def conversation(self, split: str, index: int) -> Conversation:
+        rng = _rng(self.name, split, index)
+        fact = rng.choice(read_facts())
+        question = _mistyped(rng, _casually(rng, rng.choice(fact.questions[split])))
+        return _conversation(self.name, question.lower() if rng.random() < 0.2 else question, fact.answer)
+
+    def judge(self, conversation: Conversation, reply: Content) -> bool:
+        wanted = _reference(conversation)
+        return next(fact for fact in read_facts() if fact.answer == wanted).accepts(answer_text(reply))
+
+
+def _mistyped(rng: Random, question: str) -> str:
+    """One time in ten, two neighbouring letters inside a long word are swapped or one of them is missing."""
+    places = [match.start() + 1 for match in re.finditer(r"(?<![A-Za-z])[A-Za-z]{5,}", question)]
+    if not places or rng.random() >= 0.1:
+        return question
+    at = rng.choice(places) + rng.randrange(2)
+    return question[:at] + rng.choice(["", question[at + 1]]) + question[at] + question[at + 2 :]
+
+
+# All together ---------------------------------------------------------------------------------------------------
+
+ABILITIES: dict[str, Ability] = {
+    ability.name: ability for ability in (Spelling(), Counting(), Arithmetic(), Docs(), Identity())
+}
+WEIGHTS: Mapping[str, float] = {"spelling": 4, "counting": 2, "arithmetic": 3, "docs": 2, "identity": 2}
+GREETED_FRAC = 0.1  # of the conversations of a mixture, which begin with an exchange of greetings
+
+
+class Mixture(Sequence[Conversation]):
+    """Conversations of several abilities, each made when it is asked for, always the same."""
+
+    def __init__(self, num: int, seed: int, split: str, weights: Mapping[str, float]) -> None:
+        if not set(weights) <= set(ABILITIES) or min(weights.values(), default=0) < 0 or not sum(weights.values()):
+            raise UserError(f"weights {dict(weights)}: give some of {', '.join(ABILITIES)} a weight above 0")
+        _rng("mixture", split, 0)  # refuses an unknown split now
+        self._num, self._seed, self._split, self._weights = num, seed, split, dict(weights)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: int) -> Conversation:  # type: ignore[override]  # no slices: tasks have their own
+        if not 0 <= index < self._num:
+            raise IndexError(f"conversation {index} of {self._num}")
+        number = self._seed * 2**32 + index
+        rng = _rng("mixture", self._split, number)
+        ability = rng.choices(list(self._weights), list(self._weights.values()))[0]
+        conversation = ABILITIES[ability].conversation(self._split, number)
+        if rng.random() < GREETED_FRAC:
+            greeting = next(fact for fact in read_facts() if fact.name == "greeting")
+            question = _casually(rng, rng.choice(greeting.questions[self._split]))
+            conversation["messages"][:0] = _conversation(ability, question, greeting.answer)["messages"]
+        return conversation
+
+
+def mixture(num: int, seed: int = 0, split: str = "train", weights: Mapping[str, float] = WEIGHTS) -> Mixture:
+    """`num` conversations that mix the abilities by weight."""
+    return Mixture(num, seed, split, weights)

@@ -1,0 +1,226 @@
+"""Runs: where training starts, continues and ends.
+
+    <base>/checkpoints/<source>/<tag>/
+        run.json           the command's flags and whether the run has finished
+        metrics.jsonl      one record per step
+        step_000100/       checkpoints, see nanochat.checkpoint
+
+A run is continued only with the flags it was started with, never replaced unless told so, and what it replaces stays
+until its own first checkpoint stands.
+"""
+
+import json
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nanochat.checkpoint import (
+    Checkpoint,
+    Resumable,
+    check_tokenizer,
+    read_json,
+    remove,
+    run_folder,
+    saved_steps,
+    write_checkpoint,
+)
+from nanochat.common import UserError, atomic_write, base_dir, print0
+from nanochat.model.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Runtime
+from nanochat.tokenizer import Tokenizer
+
+KEEP_LAST = 2  # intermediate checkpoints kept while a run goes on
+
+# Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
+FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
+FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # the loader checks the data itself
+HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
+
+
+class Run:
+    """One training run: a folder, the point it starts from, and saving.
+
+    A run that starts afresh lives in a hidden folder until its first checkpoint stands; only then does it take the
+    place of what bore its tag before. So a new run that fails or is stopped early costs nothing.
+    """
+
+    def __init__(
+        self, folder: Path, args: Namespace, rt: Runtime, checkpoint: Checkpoint | None, finished: bool
+    ) -> None:
+        self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
+        self.final_folder = folder
+        self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
+        # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
+        self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
+
+    @classmethod
+    def open(cls, source: str, tag: str, args: Namespace, rt: Runtime) -> "Run":
+        """Start or continue a run according to --resume and --overwrite in `args`; every rank calls this.
+
+        Raises UserError rather than replace a run that is finished or could be continued, unless told to, and where
+        the flags are not those of the run that is to be continued.
+        """
+        folder = run_folder(source, tag)
+        steps = saved_steps(folder)
+        record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+        finished = record.get("status") == "finished"
+        if args.resume == "no" and steps and not args.overwrite:
+            hint = "" if finished else "continue it with --resume=auto, "
+            raise UserError(
+                f"{folder}: holds a {'finished' if finished else 'stopped'} run at step {steps[-1]}; {hint}replace it "
+                "with --overwrite, or choose another --model-tag"
+            )
+        checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
+        if checkpoint:
+            check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
+        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto")
+        rt.barrier()  # all have looked before anybody changes anything
+        if rt.is_main and checkpoint is None:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            make_folder(run.folder)
+        rt.barrier()
+        return run
+
+    @staticmethod
+    def _resume_checkpoint(folder: Path, steps: list[int], resume: str | int) -> Checkpoint | None:
+        if resume == "no" or (resume == "auto" and not steps):
+            return None
+        wanted = steps[-1] if resume in ("auto", "newest") and steps else resume
+        if wanted not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"--resume={resume}: {folder} has no such checkpoint; there are: {there}")
+        return Checkpoint.open(folder / f"step_{wanted:06d}")
+
+    @property
+    def start(self) -> int:
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def relative_metrics_path(self) -> str:
+        """The metrics' place below the base folder, as records keep it."""
+        return str((self.final_folder / "metrics.jsonl").relative_to(base_dir()))
+
+    def check_horizon(self, num_steps: int) -> None:
+        """Raise UserError where the run is past the end that it is now given."""
+        if self.start > num_steps:
+            raise UserError(
+                f"{self.folder}: is at step {self.start} already, past the {num_steps} steps asked for; give a longer "
+                "horizon, or an earlier checkpoint with --resume=STEP"
+            )
+
+    def restore(self, model: GPT, optimizer: MuonAdamW, loader: Resumable, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Put weights, optimizer and data position back to the checkpoint's, if there is one; return its progress.
+
+        Raises UserError where model or tokenizer are not the checkpoint's.
+        """
+        if self.checkpoint is None:
+            return {}
+        saved, now = self.checkpoint.config.to_dict(), model.config.to_dict()
+        changed = [f"{name}: {saved[name]} -> {now[name]}" for name in saved if saved[name] != now[name]]
+        if changed:
+            raise UserError(
+                f"--resume: the model differs from {self.checkpoint.folder} ({'; '.join(changed)}); give the "
+                "flags of the first run, or another --model-tag"
+            )
+        check_tokenizer(self.checkpoint, tokenizer)
+        self.checkpoint.load_model(model)
+        self.checkpoint.load_optimizer(optimizer)
+        self.checkpoint.load_loader(loader)
+        print0(f"continuing from step {self.start} of {self.folder}")
+        return dict(self.checkpoint.meta["progress"])
+
+    def save(
+        self,
+        step: int,
+        model: GPT,
+        optimizer: MuonAdamW,
+        loader: Resumable,
+        tokenizer: Tokenizer,
+        progress: Mapping[str, Any],
+        plan: Mapping[str, Any],
+    ) -> None:
+        """Write a checkpoint, then drop all but the last few.
+
+        progress: what the loop needs to go on. plan: what a later stage inherits (total_batch_tokens, base_rates).
+        """
+        state = loader.state()
+        if self.rt.is_main and (step != self.start or self.checkpoint is None):
+            arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+            meta = {
+                "step": step,
+                "model_config": model.config.to_dict(),
+                "args": vars(self.args),
+                "progress": dict(progress),
+                "tokenizer": tokenizer.fingerprint,
+                "loader": {name: value for name, value in state.items() if name not in arrays},
+                "plan": dict(plan),
+            }
+            tensors: dict[str, Mapping[str, Tensor]] = {
+                "model": dict(model.named_parameters()),
+                "optimizer": optimizer.state_dict(),
+            }
+            write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
+            self._write_status("running")
+            self._take_place()
+            self._drop([old for old in self._stale if old != step])
+            self._stale = []
+            self._drop(saved_steps(self.folder)[:-KEEP_LAST])
+        self.folder = self.final_folder
+        self.rt.barrier()
+
+    def _take_place(self) -> None:
+        """Move from the hidden folder to the run's own."""
+        if self.folder != self.final_folder:
+            replaced = self.final_folder.with_name(f".{self.final_folder.name}.old")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if self.final_folder.exists():
+                os.replace(self.final_folder, replaced)
+            os.replace(self.folder, self.final_folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.folder = self.final_folder
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            remove(self.folder / f"step_{step:06d}")
+
+    def finish(self) -> None:
+        """Mark the run as complete: it is never overwritten or continued silently."""
+        self._write_status("finished")
+
+    def _write_status(self, status: str) -> None:
+        if self.rt.is_main:
+            record = {"status": status, "args": vars(self.args)}
+            with atomic_write(self.folder / "run.json") as path:
+                path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
+    """Raise UserError where a run is continued with other flags than it was started with; a new horizon is allowed
+    unless the run has finished, and told."""
+    now = vars(args)
+    changed = [name for name in first if name not in FREE_FLAGS and first[name] != now.get(name)]
+    told = ", ".join(f"--{name.replace('_', '-')}: {first[name]} -> {now.get(name)}" for name in changed)
+    if changed and finished:
+        raise UserError(f"{folder}: finished with other flags ({told}); use --overwrite or another --model-tag")
+    if set(changed) - HORIZON_FLAGS:
+        raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
+    if changed:
+        print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another NANOCHAT_BASE_DIR") from error

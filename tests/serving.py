@@ -1,0 +1,100 @@
+"""A real server for the tests: a tiny model that has learned a few conversations by heart, behind uvicorn."""
+
+import functools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.chat import Conversation, render_conversation
+from nanochat.config import ModelConfig
+from nanochat.engine import Engine
+from nanochat.model.gpt import build_model
+from nanochat.serve.app import create_server
+from nanochat.serve.requests import Defaults
+from nanochat.serve.workers import Workers
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+UNICODE = "Grüße, 你好, привет und 🙂!"
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+SUM: list[Any] = [
+    {"type": "text", "text": "Let me see: "},
+    {"type": "python", "text": "37*24"},
+    {"type": "python_output", "text": "888"},
+    {"type": "text", "text": "it is 888."},
+]
+LEARNED: dict[str, Any] = {
+    "Say hello in many scripts": UNICODE,
+    "What is 37*24?": SUM,
+    "Show me some HTML": HOSTILE,
+    "Who are you?": "I am a tiny model that was trained inside a test. I know five answers, and this is one of them.",
+    "Never stop": "la " * 100,
+}
+
+
+TOGETHER = ["Who are you?", "What is 37*24?", "Say hello in many scripts", "Show me some HTML"]  # one conversation
+
+
+@functools.cache
+def trained(together: bool) -> tuple[Engine, Tokenizer]:
+    """An engine whose model answers LEARNED word by word (and `Never stop` for ever) when sampled greedily.
+
+    Each as the first question; with `together`, which takes longer to learn, also in the order of TOGETHER.
+    """
+    torch.manual_seed(0)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("tests/test_e*.py")))
+    tokenizer = Tokenizer.train([text], vocab_size=400)
+    config = ModelConfig(8192, tokenizer.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="L")
+    model = build_model(config, torch.device("cpu"), torch.float32)
+    rows = [_row(tokenizer, [question], 288 if together else 128) for question in LEARNED]
+    rows += [_row(tokenizer, TOGETHER, 288)] if together else []
+    inputs, targets = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(600):
+        loss = model.loss(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    assert loss.item() < 0.05, "the test's model did not learn its conversations"
+    return Engine(model, [tokenizer.bos, tokenizer.special("<|assistant_end|>")]), tokenizer
+
+
+def _row(tokenizer: Tokenizer, questions: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (T,) of one conversation; targets are -1 where nothing is to be learned."""
+    turns: Any = [({"role": "user", "content": q}, {"role": "assistant", "content": LEARNED[q]}) for q in questions]
+    conversation: Conversation = {"messages": [message for turn in turns for message in turn]}
+    ids, mask = render_conversation(tokenizer, conversation, length + 1)
+    targets = [token if learned else -1 for token, learned in zip(ids[1:], mask[1:])]
+    padding = length - len(targets)
+    return torch.tensor(ids[:-1] + [0] * padding), torch.tensor(targets + [-1] * padding)
+
+
+@contextmanager
+def running_server(max_waiting: int = 16, together: bool = False, **settings: Any) -> Iterator[str]:
+    """The base address of a server around the trained model; settings are create_server's. Greedy by default."""
+    for extra in ("starlette", "uvicorn"):
+        pytest.importorskip(extra, reason="the server's extra is missing: bash runs/setup.sh dev")
+    engine, tokenizer = trained(together=together)
+    workers = Workers([engine], tokenizer, max_waiting)
+    server = create_server(workers, **{"defaults": Defaults(temperature=0.0), "drain_s": 0.0, **settings})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not server.started and thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive(), "the server did not stop"
