@@ -66,9 +66,10 @@ class GPT(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the head share the embedding's weight if the configuration says so."""
+        """Make head and embedding share one weight if the configuration says so; it learns at the head's rate."""
         if self.config.tied_head:
             self.lm_head.weight, self.lm_head.roles = self.wte.weight, {}
+            self.wte.roles = {"weight": "lm_head"}
 
     # Forward -------------------------------------------------------------------------------------------------------
 
@@ -202,9 +203,8 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 def predict_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by role, from the configuration alone. Equals `GPT(config).parameter_counts()`."""
     check_tables(config)
-    counts = Counter({"wte": config.padded_vocab_size * config.n_embd})
-    if not config.tied_head:
-        counts["lm_head"] = counts["wte"]
+    table = config.padded_vocab_size * config.n_embd
+    counts = Counter({"lm_head": table, "wte": 0 if config.tied_head else table})
     if config.smear:
         counts["smear"] += min(SMEAR_CHANNELS, config.n_embd) + 1
     counts.update(RESIDUALS[config.residual].cost(config))
@@ -217,7 +217,7 @@ def predict_parameters(config: ModelConfig) -> dict[str, int]:
 def scaling_parameters(config: ModelConfig) -> int:
     """N of the scaling laws: block matrices plus head (pretraining spec 4.5)."""
     counts = predict_parameters(config)
-    return counts["matrix"] + counts["wte" if config.tied_head else "lm_head"]
+    return counts["matrix"] + counts["lm_head"]
 
 
 def flops_per_token(config: ModelConfig) -> int:
