@@ -362,7 +362,7 @@ def _mistyped(rng: Random, question: str) -> str:
 ABILITIES: dict[str, Ability] = {
     ability.name: ability for ability in (Spelling(), Counting(), Arithmetic(), Docs(), Identity())
 }
-WEIGHTS: Mapping[str, float] = {"spelling": 4, "counting": 2, "arithmetic": 3, "docs": 2, "identity": 2}
+WEIGHTS: Mapping[str, float] = {"spelling": 6, "counting": 2, "arithmetic": 2, "docs": 1, "identity": 2}
 GREETED_FRAC = 0.1  # of the conversations of a mixture, which begin with an exchange of greetings
 
 

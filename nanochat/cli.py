@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config
-from nanochat.common import FlagError, UserError, base_dir, print0, printable
+from nanochat.common import FlagError, base_dir, print0, printable
 from nanochat.common import run as run  # how every recipe ends
 
 Check = Callable[[argparse.Namespace], str | None]
@@ -308,17 +308,14 @@ DEVICE_BATCH_SIZE = 32  # rows per device where nothing says otherwise
 
 
 def add_data_flags(parser: Parser) -> None:
-    parser.flag(
-        "--data-dir", str, "", "parquet, jsonl or txt file, folder of them, or stdlib; empty: <base>/base_data_climbmix"
-    )
+    where = "parquet, jsonl or txt file, a folder of them, or stdlib: the running Python's own library"
+    parser.flag("--data-dir", str, "", f"{where}; empty: <base>/base_data_climbmix if it is there, else stdlib")
 
 
 def data_folder(args: argparse.Namespace) -> Path:
-    """Where the pretraining text is."""
-    folder = Path(args.data_dir) if args.data_dir else base_dir() / "base_data_climbmix"
-    if not args.data_dir and not os.path.exists(folder):
-        raise UserError(f"--data-dir: not given, and {folder} does not exist; give a file or folder of text, or stdlib")
-    return folder
+    """Where the pretraining text is: a path, or the word `stdlib`."""
+    shards = base_dir() / "base_data_climbmix"
+    return Path(args.data_dir or (shards if os.path.exists(shards) else "stdlib"))
 
 
 def add_plan_flags(parser: Parser, eval_every: int, save_every: int) -> None:

@@ -10,8 +10,9 @@ one more document.
 
 Pretraining (`PretrainLoader`, endless). Every epoch shuffles the order of the blocks and the documents in each block,
 and packs all of them ("cut": see packing); the last rows are packed from what still waits, so every epoch holds every
-token as a target exactly once, and only its last row may be padded much. The last token of a document has the BOS
-behind it as its target: that is how a model learns where texts end.
+token as a target exactly once, and only its last row may be padded much. Rows leave in shuffled windows of 512, since
+the parts of a long document are consecutive rows; a state is where the window began and the place in it. The last
+token of a document has the BOS behind it as its target: that is how a model learns where texts end.
 
 Validation (`validation_batches`, one pass). The first `max_tokens` tokens in file order, each scored exactly once,
 whatever the batch size, sequence length and number of ranks. BOS stands for no bytes and is never a target.
@@ -41,6 +42,7 @@ from nanochat.dataset import Split
 from nanochat.packing import BestFitPacker, Row, chop
 from nanochat.tokenizer import Tokenizer
 
+WINDOW_ROWS = 512  # rows shuffled among each other
 TOKENIZE_DOCUMENTS = 128  # documents tokenised at a time: a step never waits for a whole block
 
 
@@ -145,6 +147,7 @@ class PretrainLoader:
             "sequence_len": sequence_len,
         }
         self._packer = BestFitPacker(self._rank_rows.capacity, "cut", bos=tokenizer.bos)
+        self._row = 0  # place in the window
         self._go_to(epoch=0, block=0, document=0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,41 +157,58 @@ class PretrainLoader:
         return self._rank_rows.batch([self._next_row() for _ in range(self._rank_rows.global_rows)])
 
     def state(self) -> dict[str, Any]:
-        """Position and waiting pieces; independent of rank, world size and batch size."""
-        position = {"epoch": self.epoch, "block": self._block, "document": self._document}
-        return {**self._identity, **position, **self._packer.state()}
+        """Where the current window of rows began, and the place in it; independent of ranks and batch size."""
+        return {**self._identity, **self._window_start, "row": self._row}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continue exactly where `state()` was taken: draw the same window again."""
         _check_same(state, self._identity)
         self._packer.load_state(state)
         self._go_to(int(state["epoch"]), int(state["block"]), int(state["document"]))
+        self._row = int(state["row"])
+        if self._row:
+            self._draw_window()
 
     def _go_to(self, epoch: int, block: int, document: int) -> None:
         """Stand before a document: its place in its shuffled block, and the block's place in the shuffled epoch."""
         self.epoch = epoch
         self._block = block
         self._document = document
-        self._epoch_is_empty = block == document == 0  # until a document is found
         self._order = list(range(len(self._blocks)))
         Random(f"{self._seed} {epoch}").shuffle(self._order)
         self._texts: list[str] | None = None  # the current block's, shuffled; None: not read yet
         self._tokenized: deque[list[int]] = deque()  # of them, those from _document on that are tokenised
+        self._window: list[Row] = []
+        self._window_start = self._position()
+
+    def _position(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "block": self._block, "document": self._document, **self._packer.state()}
 
     def _next_row(self) -> Row:
-        """Fill the packer up, from this epoch only; once that is used up, empty the packer before the next begins."""
-        while not self._packer.is_full:
-            ids = self._next_document()
-            if ids is not None:
-                self._packer.push(ids)
-                self._epoch_is_empty = False
-            elif len(self._packer):
-                break
-            elif self._epoch_is_empty:
-                raise UserError(f"{self._where}: no documents on the train side; give more text")
-            else:
+        if self._row == len(self._window):
+            if not self._fill():
                 self._go_to(self.epoch + 1, 0, 0)
-        return self._packer.next_row()
+            if not self._fill():
+                raise UserError(f"{self._where}: no documents on the train side; give more text")
+            self._window, self._row = [], 0
+            self._draw_window()
+        self._row += 1
+        return self._window[self._row - 1]
+
+    def _draw_window(self) -> None:
+        """The epoch's next rows, shuffled: the parts of a long document must not fill a batch of their own."""
+        self._fill()
+        self._window_start = self._position()
+        while len(self._window) < WINDOW_ROWS and self._fill():
+            self._window.append(self._packer.next_row())
+        where = (self._window_start[name] for name in ("epoch", "block", "document"))
+        Random(" ".join(map(str, (self._seed, *where)))).shuffle(self._window)
+
+    def _fill(self) -> bool:
+        """Fill the packer up, from this epoch only; False once the epoch is used up."""
+        while not self._packer.is_full and (ids := self._next_document()) is not None:
+            self._packer.push(ids)
+        return len(self._packer) > 0
 
     def _next_document(self) -> list[int] | None:
         """The tokens of this epoch's next document; None at its end."""

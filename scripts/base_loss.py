@@ -3,15 +3,18 @@
     python -m scripts.base_loss --data-dir=FOLDER
     python -m scripts.base_loss --model-tag=d12 --step=2520 --split-tokens=1000000
 
+    python -m scripts.base_loss --compare-compressors        # the whole validation text, beside xz -9 and zstd -19
+
 The tokens are the first of each split, every one scored once; the last line of the output is JSON.
 """
 
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from nanochat import cli
-from nanochat.common import prepare_process, print0
+from nanochat.common import prepare_process, print0, record_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -20,6 +23,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.add_data_flags(parser)
     parser.flag("--device-batch-size", cli.positive_int, cli.DEVICE_BATCH_SIZE, "rows per forward pass")
     parser.flag("--split-tokens", cli.positive_int, 40 * 2**19, "tokens of each split")
+    parser.switch(
+        "--compare-compressors", "score all validation documents, with overlapping windows, beside xz and zstd"
+    )
     cli.add_device_flags(parser)
     return parser.parse(argv)
 
@@ -30,15 +36,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.checkpoint import find_checkpoint
     from nanochat.dataset import open_corpus
     from nanochat.evals.bpb import evaluate_bpb
+    from nanochat.evals.compression import compare_compressors
     from nanochat.loader import validation_batches
     from nanochat.parallel import runtime
 
     corpus = open_corpus(cli.data_folder(args))
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
     tokenizer = checkpoint.tokenizer()
-    with runtime(args.device_type) as rt:
+    with runtime(args.device_type) as rt, record_stage("base_loss") as record:
         model = checkpoint.build_model(rt.device, rt.dtype)
-        result: dict[str, object] = {"model": str(checkpoint.folder), "step": checkpoint.step}
+        result: dict[str, Any] = {"model": str(checkpoint.folder), "step": checkpoint.step}
+        if args.compare_compressors:
+            result |= compare_compressors(model, tokenizer, list(corpus.val.documents()))
+            record.update(result)
+            print0(f"val bpb {result['val_bpb']:.4f} on {result['bytes']:,} bytes; {result['compressors']}")
+            print0(json.dumps(result))
+            return
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             batches = validation_batches(
                 split,

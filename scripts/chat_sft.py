@@ -2,8 +2,10 @@
 
     python -m scripts.chat_sft --data=conversations.jsonl
     python -m scripts.chat_sft --data=FOLDER --model-tag=d12 --num-epochs=2
+    python -m scripts.chat_sft --data=abilities --time-budget=180     # spelling, counting, arithmetic, docs, identity
 
-Batch size and learning rates are the base run's unless given. One conversation in fifty is held out for validation.
+Batch size and learning rates are the base run's unless given. One conversation in fifty is held out for validation; the
+generated abilities have a validation side of their own.
 Writes checkpoints to <base>/checkpoints/sft/<model tag>/.
 """
 
@@ -16,10 +18,12 @@ from nanochat.common import prepare_process, print0, record_stage
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
-    parser.flag("--data", str, None, "jsonl of conversations, or a folder of them; required")
+    parser.flag("--data", str, "abilities", "jsonl of conversations, a folder of them, or abilities: generated ones")
+    parser.flag("--num-generated", cli.positive_int, 40_000, "how many conversations --data=abilities makes")
     parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
     parser.flag("--num-epochs", cli.positive_float, 1.0, "passes over the conversations")
+    parser.flag("--time-budget", cli.positive_float, None, "seconds of training time, instead of epochs or steps")
     cli.add_plan_flags(parser, eval_every=200, save_every=200)
     cli.add_run_flags(parser)
     parser.check(
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process(args.offline)
     from pathlib import Path
 
+    from nanochat.abilities import mixture
     from nanochat.checkpoint import find_checkpoint
     from nanochat.evals.bpb import evaluate_bpb
     from nanochat.loader import ConversationLoader
@@ -45,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.train.step import train_step
     from tasks.common import hold_out, load_conversations
 
-    train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
+    if args.data == "abilities":
+        train_set, val_set = mixture(args.num_generated), mixture(500, split="val")
+    else:
+        train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt, record_stage("chat_sft") as record:
@@ -65,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
-        run.check_horizon(num_steps)
+        if args.time_budget is None:
+            run.check_horizon(num_steps)
         model = base.build_model(rt.device, rt.dtype)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
@@ -92,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress=progress,
             tokens_per_step=batch_tokens,
             flops_per_token=model.flops_per_token(),
+            time_budget_s=args.time_budget,
         )
         record.update(earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values()))
         for step in loop:
@@ -105,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     step.log(val_bpb=record["val_bpb"])
             if step.last:
                 break
-            now = plan.at(step.index)
+            now = plan.at(step.index, step.total)
             step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
         run.finish()
         record.update(loop.summary(), flags=vars(args), metrics=run.relative_metrics_path)

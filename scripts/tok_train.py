@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nanochat import scaling
 from nanochat.cli import Parser, add_data_flags, data_folder, depth, one_of, positive_int, run, vocabulary_size
-from nanochat.common import UserError, base_dir, check_writable, prepare_process, print0
+from nanochat.common import UserError, base_dir, check_writable, prepare_process, print0, record_stage
 
 if TYPE_CHECKING:
     from nanochat.dataset import Split
@@ -73,13 +73,16 @@ def main(argv: list[str] | None = None) -> None:
     print0(f"data: {corpus.describe()}")
     print0(f"vocab size: {vocab_size:,} ({origin or 'given'})")
 
-    texts = TrainingText(beginnings(corpus.train, args.doc_cap), args.max_chars)
-    tokenizer = Tokenizer.train(texts, vocab_size, origin)
-    seconds = time.monotonic() - texts.started
-    check_round_trip(tokenizer)
-    tokenizer.save(file)
-    print0(f"trained in {seconds:.1f} s, {texts.num_bytes / 1e6 / seconds:.2f} MB/s over {texts.describe()}")
-    print0(f"validation text: {bytes_per_token(tokenizer, corpus.val.documents()):.2f} bytes per token")
+    with record_stage("tok_train") as record:
+        texts = TrainingText(beginnings(corpus.train, args.doc_cap), args.max_chars)
+        tokenizer = Tokenizer.train(texts, vocab_size, origin)
+        seconds = time.monotonic() - texts.started
+        check_round_trip(tokenizer)
+        tokenizer.save(file)
+        speed, density = texts.num_bytes / 1e6 / seconds, bytes_per_token(tokenizer, corpus.val.documents())
+        record.update(vocab_size=vocab_size, megabytes_per_s=speed, bytes_per_token=density)
+    print0(f"trained in {seconds:.1f} s, {speed:.2f} MB/s over {texts.describe()}")
+    print0(f"validation text: {density:.2f} bytes per token")
     print0(f"saved {file}")
 
 

@@ -1,38 +1,27 @@
 """Batches: one global stream of rows for every world size, every token once, exact resume, honest validation."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loading import (
+    assert_same_state,
+    equal,
+    first_epoch,
+    joined,
+    pieces_of,
+    some_texts,
+    targets_of,
+    tokens_of,
+    write_shards,
+)
 
-from nanochat.chat import Conversation, render_conversation
 from nanochat.common import UserError
 from nanochat.dataset import Split, open_corpus
-from nanochat.loader import Batch, ConversationLoader, PretrainLoader, validation_batches
+from nanochat.loader import Batch, PretrainLoader, validation_batches
 from nanochat.tokenizer import Tokenizer
-
-SENTENCE = "a stream of rows that every rank sees is cut into batches and nothing in it may ever get lost"
-WORDS = SENTENCE.split()
-
-
-def some_texts(count: int, seed: int, longest: int = 60) -> list[str]:
-    """Texts that end in the only "!" they have."""
-    random = Random(seed)
-    return [f"{' '.join(random.choices(WORDS, k=random.randint(1, longest)))} {i}!" for i in range(count)]
-
-
-def write_shards(folder: Path, *shards: list[str]) -> Path:
-    folder.mkdir(exist_ok=True)
-    for i, texts in enumerate(shards):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{i}.jsonl").write_text(lines)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -54,54 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, corpus_texts: tuple[list[st
 @pytest.fixture
 def train(folder: Path) -> Split:
     return open_corpus(folder).train
-
-
-def equal(a: Batch, b: Batch) -> bool:
-    return all(
-        torch.equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype
-        for name in ("inputs", "targets", "document_ids")
-    )
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    """Batches one below the other."""
-    return Batch(*(torch.cat([getattr(b, n) for b in batches]) for n in ("inputs", "targets", "document_ids")))
-
-
-def targets_of(batches: Iterable[Batch], ignore: int) -> Counter[int]:
-    counts: Counter[int] = Counter()
-    for batch in batches:
-        counts.update(batch.targets[(batch.targets >= 0) & (batch.targets != ignore)].tolist())
-    return counts
-
-
-def pieces_of(inputs: torch.Tensor, targets: torch.Tensor, documents: torch.Tensor) -> list[tuple[int, ...]]:
-    """The pieces of a row; the row's last token is a target only. Padding is left out."""
-    last = targets[-1:][targets[-1:] >= 0].tolist()
-    ids = inputs.tolist() + last
-    numbers = documents.tolist() + documents[-1:].tolist()
-    pieces = [tuple(t for t, n in zip(ids, numbers) if n == number) for number in range(max(numbers) + 1)]
-    return [piece for piece in pieces if set(piece) != {ids[0]}]
-
-
-def tokens_of(texts: Iterable[str], tokenizer: Tokenizer) -> Counter[int]:
-    return Counter(token for text in texts for token in tokenizer.encode(text))
-
-
-def first_epoch(loader: Any) -> list[Batch]:
-    """The batches of epoch 0 of a loader with one row per batch."""
-    batches = []
-    while True:
-        batch = next(loader)
-        if loader.epoch == 1:
-            return batches
-        batches.append(batch)
-
-
-def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        np.testing.assert_array_equal(a[key], b[key])
 
 
 # Pretraining
@@ -166,6 +107,14 @@ def test_documents_are_shuffled_across_files_and_within_blocks(
     order = [i for place, i in sorted(found) if place >= 0]
     assert len(order) > 5 and order != sorted(order)
     assert min(order) < 600 < max(order)  # the first file has 600
+
+
+def test_the_parts_of_a_long_document_do_not_fill_a_batch_of_their_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    letters = "abcdefghijkl"
+    split = open_corpus(write_shards(tmp_path / "long", [f"{letter} " * 600 for letter in letters], ["val"])).train
+    batch = next(PretrainLoader(split, tokenizer, 16, 32))
+    owners = {tokenizer.decode(row).replace("<|bos|>", "").strip()[0] for row in batch.inputs.tolist()}
+    assert len(owners) >= 6
 
 
 def test_files_of_one_document_each_are_shuffled_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -308,131 +257,6 @@ def test_validation_without_text_is_an_error(tmp_path: Path, tokenizer: Tokenize
     split = open_corpus(write_shards(tmp_path / "empty", ["train"], [""])).val
     with pytest.raises(UserError, match=r"1\.jsonl: no text to validate on"):
         next(validation_batches(split, tokenizer, 1, 8, 100))
-
-
-# Conversations
-
-
-def conversation(question: str, *answers: str) -> Conversation:
-    messages: list[Any] = [{"role": "user", "content": question}]
-    for i, answer in enumerate(answers):
-        messages.append({"role": ("assistant", "user")[i % 2], "content": answer})
-    return {"messages": messages}
-
-
-def some_conversations(count: int, seed: int = 0) -> list[Conversation]:
-    texts = some_texts(2 * count, seed, longest=30)
-    return [conversation(texts[2 * i], texts[2 * i + 1]) for i in range(count)]
-
-
-def test_every_supervised_token_is_a_target_once_an_epoch_and_nothing_else_is(tokenizer: Tokenizer) -> None:
-    conversations = some_conversations(150)
-    loader = ConversationLoader(conversations, tokenizer, 1, 256)
-    num_rows = loader.num_rows
-    batches = first_epoch(loader)
-    assert len(batches) == num_rows and loader.num_dropped == 0
-    expected: Counter[int] = Counter()
-    for item in conversations:
-        ids, mask = render_conversation(tokenizer, item)
-        expected.update(token for token, supervised in zip(ids, mask) if supervised)
-    assert targets_of(batches, ignore=-1) == expected
-    assert all(batch.num_targets() for batch in batches)
-
-
-def test_a_row_is_whole_conversations_with_their_own_targets_and_ids(tokenizer: Tokenizer) -> None:
-    conversations = some_conversations(40)
-    rendered = {tuple(ids): mask for ids, mask in (render_conversation(tokenizer, item) for item in conversations)}
-    for batch in first_epoch(ConversationLoader(conversations, tokenizer, 1, 400)):
-        at = 0
-        for piece in pieces_of(batch.inputs[0], batch.targets[0], batch.document_ids[0]):
-            expected = [token if m else -1 for token, m in zip(piece, rendered.pop(piece))][1:]
-            assert batch.targets[0, at : at + len(expected)].tolist() == expected
-            assert (batch.targets[0, at + len(expected) : at + len(piece)] == -1).all()
-            at += len(piece)
-        assert (batch.targets[0, at:] == -1).all()
-    assert not rendered
-
-
-def test_conversations_are_cut_to_a_row_and_dropped_if_nothing_is_left_to_learn(
-    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    long_answer = conversation("rows", "rank " * 500)
-    long_question = conversation("rank " * 500, "rows")
-    question_only = conversation("rows")
-    loader = ConversationLoader([long_answer, long_question, question_only], tokenizer, 2, 32)
-    assert loader.num_dropped == 2 and loader.num_rows == 1
-    assert capsys.readouterr().out.count("2 of 3 conversations have no token to learn within 33 tokens") == 1
-    batch = next(loader)
-    assert (batch.targets[:, -1] >= 0).all() and batch.inputs.shape == (2, 32)
-
-
-@pytest.mark.parametrize("conversations", [[], [conversation("only a question")] * 3])
-def test_conversations_without_anything_to_learn_are_an_error(
-    tokenizer: Tokenizer, conversations: list[Conversation]
-) -> None:
-    with pytest.raises(UserError, match=f"none of the {len(conversations)} conversations has a token to learn"):
-        ConversationLoader(conversations, tokenizer, 1, 32)
-
-
-def test_a_malformed_conversation_is_named_by_its_place(tokenizer: Tokenizer) -> None:
-    conversations: list[Any] = [conversation("a", "b"), {"messages": [{"role": "assistant", "content": "b"}]}]
-    with pytest.raises(UserError, match=r"^conversation 1 \(from 0\)"):
-        ConversationLoader(conversations, tokenizer, 1, 32)
-
-
-def test_conversations_are_reshuffled_every_epoch(tokenizer: Tokenizer) -> None:
-    loader = ConversationLoader(some_conversations(100), tokenizer, 1, 256)
-    rows = [batch.inputs for batch in first_epoch(loader)]
-    next_rows = [next(loader).inputs for _ in range(5)]
-    assert not any(torch.equal(row, other) for row in rows for other in next_rows)
-    other_seed = ConversationLoader(some_conversations(100), tokenizer, 1, 256, seed=1)
-    assert not torch.equal(next(other_seed).inputs, rows[0])
-
-
-def test_short_conversations_are_not_left_for_last(tokenizer: Tokenizer) -> None:
-    conversations = some_conversations(50)
-    emptiest_is_last = []
-    for seed in range(8):
-        batches = first_epoch(ConversationLoader(conversations, tokenizer, 1, 256, seed=seed))
-        padding = [int((batch.inputs == tokenizer.bos).sum()) for batch in batches]
-        emptiest_is_last.append(padding[-1] == max(padding))
-    assert sum(emptiest_is_last) < 4  # without the last shuffle it nearly always is
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 8])
-def test_conversation_ranks_share_one_stream_across_epochs(tokenizer: Tokenizer, world_size: int) -> None:
-    conversations = some_conversations(60)
-    one = ConversationLoader(conversations, tokenizer, 8, 128)
-    size = 8 // world_size
-    ranks = [ConversationLoader(conversations, tokenizer, size, 128, rank, world_size) for rank in range(world_size)]
-    while one.epoch < 2:
-        assert equal(joined([next(rank) for rank in ranks]), next(one))
-    assert ranks[0].state() == one.state()
-
-
-@pytest.mark.parametrize("done", [0, 1, 5, 12])
-def test_a_conversation_loader_continues_exactly_on_another_number_of_ranks(tokenizer: Tokenizer, done: int) -> None:
-    conversations = some_conversations(100)
-    loader = ConversationLoader(conversations, tokenizer, 4, 128, seed=2)
-    for _ in range(done):
-        next(loader)
-    state = json.loads(json.dumps(loader.state()))
-    pair = [ConversationLoader(conversations, tokenizer, 2, 128, rank, 2, seed=2) for rank in range(2)]
-    for rank in pair:
-        rank.load_state(state)
-    for _ in range(12):
-        assert equal(joined([next(rank) for rank in pair]), next(loader))
-    assert done < 12 or loader.epoch > 0
-
-
-def test_a_conversation_state_of_other_conversations_is_refused(train: Split, tokenizer: Tokenizer) -> None:
-    state = ConversationLoader(some_conversations(10), tokenizer, 4, 128).state()
-    with pytest.raises(UserError, match="data was"):
-        ConversationLoader(some_conversations(11), tokenizer, 4, 128).load_state(state)
-    with pytest.raises(UserError, match="seed was"):
-        ConversationLoader(some_conversations(10), tokenizer, 4, 128, seed=9).load_state(state)
-    with pytest.raises(UserError, match="loader was conversations"):
-        PretrainLoader(train, tokenizer, 4, 128).load_state(state)
 
 
 # Real text

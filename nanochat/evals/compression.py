@@ -8,6 +8,7 @@ import lzma
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,7 @@ COMPRESSORS = {
 }
 
 
-def compare_compressors(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> dict[str, object]:
+def compare_compressors(model: GPT, tokenizer: Tokenizer, documents: Sequence[str]) -> dict[str, Any]:
     """Bits per byte of the model and of the compressors, over all documents together and in the mean over documents.
 
     Together: the compressors see the documents concatenated and may learn from one for the next; the model reads each

@@ -1,0 +1,393 @@
+"""Measure one part of the project; the last line of the output is one JSON object.
+
+    python -m scripts.bench --only=train --depth=4 --max-seq-len=512 --device-batch-size=8
+    python -m scripts.bench --only=loader --data-dir=FOLDER
+    python -m scripts.bench --only=tokenizer --data-dir=stdlib --vocab-size=4096
+    python -m scripts.bench --only=decode --depth=6
+    python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --seeds=3
+
+train        optimizer steps on random tokens: tokens/s, FLOP/s, share of the machine's matmul peak
+loader       packed batches from text: tokens/s, share of places that hold real tokens, share of tokens kept
+tokenizer    training and encoding in MB/s, decoding in tokens/s, bytes per token of the validation text
+decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt
+time-to-bpb  scripts.base_train for --budget seconds in a fresh base folder, once per seed: bits per byte over time
+
+core and serve are not there yet. Rates are the median, the smallest and the largest of --repeats. The peak is measured
+before and after: where the two differ, other programs had the processor too, and only ratios within one run compare.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanochat import cli, scaling
+from nanochat.common import UserError, peak_rss_bytes, prepare_process, print0
+
+if TYPE_CHECKING:
+    from nanochat.config import ModelConfig
+    from nanochat.parallel import Runtime
+
+MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb")
+PLANNED = ("core", "serve")
+DECODE_BATCHES = (1, 4, 16)
+ENCODE_THREADS = (1, 2)
+CURVE = ("step", "tokens", "train_s", "elapsed_s", "loss", "val_bpb")  # of a metrics record
+
+
+def mode(text: str) -> str:
+    """A part that can be measured."""
+    if text not in MODES:
+        raise ValueError(f"{'not there yet; ' if text in PLANNED else ''}choose one of {', '.join(MODES)}")
+    return text
+
+
+mode.__name__ = "|".join(MODES)
+
+
+def words(text: str) -> list[str]:
+    """A text as a shell splits it."""
+    return shlex.split(text)
+
+
+words.__name__ = "text"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag that only some modes read; given to another, it is refused and not ignored."""
+
+    kind: Callable[[str], Any]
+    default: Any
+    help: str
+    modes: tuple[str, ...]
+
+
+SIZED, TEXT, REPEATED = ("train", "decode", "time-to-bpb"), ("loader", "tokenizer", "time-to-bpb"), MODES[:4]
+FLAGS = {
+    "depth": Flag(cli.depth, 4, "layers", MODES),
+    "vocab_size": Flag(cli.vocabulary_size, None, "ids; else derived from --depth", MODES),
+    "max_seq_len": Flag(cli.sequence_length, 512, "context in tokens", ("train", "loader", "decode", "time-to-bpb")),
+    "aspect_ratio": Flag(cli.positive_int, scaling.ASPECT_RATIO, "width per layer", SIZED),
+    "head_dim": Flag(cli.head_dim, scaling.HEAD_DIM, "width per attention head", SIZED),
+    "device_batch_size": Flag(cli.positive_int, 8, "rows of a batch", ("train", "loader")),
+    "compile": Flag(cli.one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs", ("train",)),
+    "repeats": Flag(cli.positive_int, 5, "measurements, after one that does not count", REPEATED),
+    "data_dir": Flag(str, "", "parquet, jsonl or txt file, folder of them, or stdlib", TEXT),
+    "max_chars": Flag(cli.positive_int, 16_000_000, "characters of each side to work on", ("loader", "tokenizer")),
+    "batches": Flag(cli.positive_int, 100, "batches in a measurement", ("loader",)),
+    "prompt_tokens": Flag(cli.positive_int, 32, "tokens of the prompts that are continued", ("decode",)),
+    "new_tokens": Flag(cli.number_between(2, 10**6, whole=True), 64, "tokens to decode per prompt", ("decode",)),
+    "long_prompt_tokens": Flag(cli.positive_int, 512, "tokens of the prompt whose first answer is timed", ("decode",)),
+    "budget": Flag(cli.positive_float, 300.0, "seconds of training time", ("time-to-bpb",)),
+    "seeds": Flag(cli.positive_int, 1, "runs, with the seeds --seed, --seed + 1, ...", ("time-to-bpb",)),
+    "eval_every": Flag(cli.positive_int, 50, "steps between evaluations", ("time-to-bpb",)),
+    "eval_tokens": Flag(cli.positive_int, 2**17, "validation tokens per evaluation", ("time-to-bpb",)),
+    "train_flags": Flag(words, [], "more flags of scripts.base_train, as one text", ("time-to-bpb",)),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The flags that the chosen mode reads, with their defaults."""
+    parser = cli.Parser(__doc__)
+    parser.flag("--only", mode, None, "what to measure; core and serve are not there yet")
+    for name, flag in FLAGS.items():
+        default = "" if flag.default in (None, "", []) else f"; default {flag.default}"
+        readers = "" if flag.modes == MODES else f" ({', '.join(flag.modes)}{default})"
+        parser.flag(_spelled(name), flag.kind, None, flag.help + (readers or f" ({default[2:]})" * bool(default)))
+    parser.flag("--peak-seconds", cli.non_negative_float, 0.3, "time for each shape of the matmul peak")
+    cli.add_device_flags(parser)
+    parser.check(lambda args: None if args.only else f"--only: needed; choose one of {', '.join(MODES)}")
+    for name, flag in FLAGS.items():
+        parser.check(lambda args, name=name, flag=flag: _unread(args, name, flag))
+    args = parser.parse(argv)
+    for name, flag in FLAGS.items():
+        if args.only not in flag.modes:
+            delattr(args, name)
+        elif getattr(args, name) is None:
+            setattr(args, name, flag.default)
+    args.vocab_size = args.vocab_size or scaling.vocab_size_for(args.depth)
+    return args
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _unread(args: Namespace, name: str, flag: Flag) -> str | None:
+    given = getattr(args, name) is not None
+    wrong = given and args.only is not None and args.only not in flag.modes
+    return f"{_spelled(name)}: --only={args.only} does not use it; leave it out" if wrong else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_process(args.offline)
+    import torch
+
+    from nanochat.evals.machine import matmul_peak_flops
+    from nanochat.parallel import runtime
+    from nanochat.report import describe_machine, git_commit
+
+    measure = {
+        "train": bench_train,
+        "loader": bench_loader,
+        "tokenizer": bench_tokenizer,
+        "decode": bench_decode,
+        "time-to-bpb": bench_time_to_bpb,
+    }[args.only]
+    with runtime(args.device_type) as rt:
+        if rt.world_size > 1:
+            raise UserError(f"{rt.world_size} ranks: scripts.bench measures one process; start it without torchrun")
+
+        def peak_gflops(when: str) -> float:
+            peak = matmul_peak_flops(rt.device, torch.float32, args.peak_seconds) / 1e9
+            print0(f"matmul peak {when}: {peak:,.1f} GFLOP/s, float32, {torch.get_num_threads()} threads")
+            return peak
+
+        peak = {"before": peak_gflops("before")}
+        began, cpu_began = time.perf_counter(), time.process_time()
+        figures = measure(args, rt)
+        clocks = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
+        peak["after"] = peak_gflops("after")
+        if "flops_per_s" in figures:
+            best = 1e9 * max(peak.values())
+            figures["matmul_peak_share"] = {name: rate / best for name, rate in figures["flops_per_s"].items()}
+        result = {
+            "bench": args.only,
+            "figures": figures,
+            "matmul_peak_gflops": peak,
+            "flags": vars(args),
+            "threads": torch.get_num_threads(),
+            "device": rt.describe(),
+            "machine": describe_machine(),
+            "commit": git_commit(),
+            **clocks,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+    print0(json.dumps(result))
+
+
+# Training ------------------------------------------------------------------------------------------------------
+
+
+def model_config(args: Namespace, at_least_tokens: int = 0) -> "ModelConfig":
+    """The model that the flags ask for, with a context of at least so many tokens."""
+    length = max(args.max_seq_len, at_least_tokens)
+    return scaling.model_config(args.depth, args.vocab_size, length, args.aspect_ratio, args.head_dim)
+
+
+def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """Whole optimizer steps of one batch: forward, backward, update."""
+    import torch
+
+    from nanochat.evals.machine import spread, timed
+    from nanochat.loader import Batch
+    from nanochat.model.gpt import build_model
+    from nanochat.optim import MuonAdamW
+    from nanochat.train.step import train_step
+
+    rt.check_can_train()
+    config = model_config(args)
+    model = build_model(config, rt.device, rt.dtype, args.seed)
+    rates = scaling.BaseRates().by_role()
+    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
+    rng = torch.Generator().manual_seed(args.seed)
+    ids = torch.randint(config.vocab_size, (args.device_batch_size, config.sequence_len + 1), generator=rng)
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, :-1], dtype=torch.int32))
+    loss_fn, tokens = rt.compile(model.loss, args.compile), batch.num_targets()
+
+    def step() -> None:
+        train_step(loss_fn, repeat(batch), optimizer, scaling.Multipliers(0.01, 0.95, 0.0), rt)
+        rt.synchronize()
+
+    first_s, *seconds = timed("step", step, args.repeats)
+    return {
+        "tokens_per_s": spread([tokens / s for s in seconds]),
+        "flops_per_s": spread([tokens * model.flops_per_token() / s for s in seconds]),
+        "flops_per_token": model.flops_per_token(),
+        "parameters": sum(model.parameter_counts().values()),
+        "tokens_per_step": tokens,
+        "step_s": spread(seconds),
+        "first_step_s": first_s,
+    }
+
+
+# Text ----------------------------------------------------------------------------------------------------------
+
+
+def beginning(documents: Iterable[str], max_chars: int) -> Iterator[str]:
+    """Documents until there are `max_chars` characters; the last is shortened."""
+    left = max_chars
+    for document in documents:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """Batches as training gets them: reading, tokenising on two threads, packing."""
+    from nanochat.dataset import open_corpus
+    from nanochat.evals.machine import spread, timed
+    from nanochat.loader import PretrainLoader
+    from nanochat.tokenizer import Tokenizer
+
+    corpus = open_corpus(cli.data_folder(args))
+    print0(f"data: {corpus.describe()}")
+    tokenizer = Tokenizer.train(beginning(corpus.train.documents(), args.max_chars), args.vocab_size)
+    rows, length = args.device_batch_size, args.max_seq_len
+    began = time.perf_counter()
+    loader = PretrainLoader(corpus.train, tokenizer, rows, length, seed=args.seed)
+    targets = next(loader).num_targets()
+    first_batch_s = time.perf_counter() - began
+    num_batches = 1
+
+    def draw() -> None:
+        nonlocal targets, num_batches
+        for batch in islice(loader, args.batches):
+            targets += batch.num_targets()
+            num_batches += 1
+
+    seconds = timed(f"{args.batches} batches", draw, args.repeats)[1:]
+    num_rows = num_batches * rows
+    state = loader.state()
+    return {
+        "tokens_per_s": spread([args.batches * rows * length / s for s in seconds]),
+        "first_batch_s": first_batch_s,
+        "real_places_frac": (targets + num_rows) / (num_rows * (length + 1)),  # a row's first token is no target
+        "tokens_kept_frac": kept_frac(state),
+        "tokens": num_rows * length,
+        "epochs": loader.epoch,
+    }
+
+
+def kept_frac(state: dict[str, Any]) -> float:
+    """Of the tokens that have left a loader's buffer, the share that went into rows. state: the loader's."""
+    waiting = int(state["packer_lengths"].sum() - state["packer_is_part"].sum())  # a part begins with an added BOS
+    return state["packer_tokens_kept"] / (state["packer_tokens_in"] - waiting)
+
+
+def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """Learning the vocabulary from the train side; encoding and decoding the validation side."""
+    from nanochat.dataset import open_corpus
+    from nanochat.evals.machine import spread, timed
+    from nanochat.tokenizer import Tokenizer, replace_surrogates
+
+    corpus = open_corpus(cli.data_folder(args))
+    print0(f"data: {corpus.describe()}")
+    train, val = (
+        [replace_surrogates(text) for text in beginning(split.documents(), args.max_chars)]
+        for split in (corpus.train, corpus.val)
+    )
+    train_mb, val_mb = (sum(len(text.encode()) for text in texts) / 1e6 for texts in (train, val))
+    train_s = timed("training", lambda: Tokenizer.train(train, args.vocab_size), args.repeats)[1:]
+    tokenizer = Tokenizer.train(train, args.vocab_size)
+    encode_mb_per_s = {}
+    for threads in ENCODE_THREADS:
+        name, encode = f"encoding, {threads} threads", lambda n=threads: tokenizer.encode_batch(val, num_threads=n)
+        encode_mb_per_s[str(threads)] = spread([val_mb / s for s in timed(name, encode, args.repeats)[1:]])
+    ids = tokenizer.encode_batch(val)
+    num_tokens = sum(map(len, ids))
+    decode_s = timed("decoding", lambda: [tokenizer.decode(document) for document in ids], args.repeats)[1:]
+    return {
+        "train_mb_per_s": spread([train_mb / s for s in train_s]),
+        "encode_mb_per_s": encode_mb_per_s,
+        "decode_tokens_per_s": spread([num_tokens / s for s in decode_s]),
+        "bytes_per_token": val_mb * 1e6 / num_tokens,
+        "train_mb": train_mb,
+        "val_mb": val_mb,
+        "round_trip": [tokenizer.decode(document) for document in ids] == val,
+    }
+
+
+# Decoding ------------------------------------------------------------------------------------------------------
+
+
+def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """Random weights and no stop token, so that every row has its full length."""
+    import torch
+
+    from nanochat.engine import Engine, Sampling
+    from nanochat.evals.machine import decode_seconds, spread, timed
+    from nanochat.model.gpt import build_model
+
+    longest = max(args.prompt_tokens + args.new_tokens, args.long_prompt_tokens + 1)
+    config = model_config(args, at_least_tokens=longest)
+    model = build_model(config, rt.device, rt.dtype, args.seed)
+    engine, sampling = Engine(model, stop_ids=[]), Sampling(temperature=1.0, top_k=50, seed=args.seed)
+    rng = torch.Generator().manual_seed(args.seed)
+
+    def prompts(count: int, length: int) -> list[list[int]]:
+        return torch.randint(config.vocab_size, (count, length), generator=rng).tolist()
+
+    tokens_per_s = {}
+    for batch in DECODE_BATCHES:
+        rates = []
+        for turn in range(args.repeats + 1):
+            seconds = decode_seconds(engine, prompts(batch, args.prompt_tokens), args.new_tokens, sampling)
+            rates.append(batch * (args.new_tokens - 1) / seconds)
+            print0(f"batch {batch} {f'{turn}/{args.repeats}' if turn else 'warm-up'}: {rates[-1]:,.0f} tokens/s")
+        tokens_per_s[str(batch)] = spread(rates[1:])
+    long_prompts = iter(prompts(args.repeats + 1, args.long_prompt_tokens))
+    first_s = timed("first token", lambda: list(engine.generate(next(long_prompts), 1)), args.repeats)[1:]
+    return {
+        "tokens_per_s": tokens_per_s,
+        "first_token_s": spread(first_s),
+        "prefill_tokens_per_s": spread([args.long_prompt_tokens / s for s in first_s]),
+        "parameters": sum(model.parameter_counts().values()),
+        "sequence_len": config.sequence_len,
+    }
+
+
+# Time to bits per byte -----------------------------------------------------------------------------------------
+
+
+def bench_time_to_bpb(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """The recipes as a user starts them, each run a process of its own, in a base folder that is removed again."""
+    from nanochat.evals.machine import spread
+
+    data = [f"--data-dir={cli.data_folder(args)}", *(["--offline"] if args.offline else [])]
+    with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as name:
+        base = Path(name)
+        tokenizer_s = run_recipe(base, "tok_train", *data, f"--vocab-size={args.vocab_size}")
+        runs = [train_once(base, args, seed, data) for seed in range(args.seed, args.seed + args.seeds)]
+    return {"val_bpb": spread([run["val_bpb"] for run in runs]), "tok_train_s": tokenizer_s, "runs": runs}
+
+
+def train_once(base: Path, args: Namespace, seed: int, data: list[str]) -> dict[str, Any]:
+    """One seed: what its stage record and its metrics say."""
+    flags = [*data, f"--seed={seed}", f"--model-tag=seed{seed}", f"--time-budget={args.budget}"]
+    same = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "eval_every", "eval_tokens", "device_type")
+    flags += [f"{_spelled(name)}={getattr(args, name)}" for name in same]
+    wall_s = run_recipe(base, "base_train", *flags, *args.train_flags)
+    record = json.loads((base / "report" / "stages" / "base_train.json").read_text(encoding="utf-8"))
+    lines = (base / record["metrics"]).read_text(encoding="utf-8").splitlines()
+    evaluated = [metrics for metrics in map(json.loads, lines) if "val_bpb" in metrics]
+    kept = ("val_bpb", "steps", "tokens", "train_s", "tokens_per_s", "peak_rss_bytes")
+    curve = [{key: metrics[key] for key in CURVE if key in metrics} for metrics in evaluated]
+    return {"seed": seed, **{key: record[key] for key in kept}, "wall_s": wall_s, "over_time": curve}
+
+
+def run_recipe(base: Path, name: str, *flags: str) -> float:
+    """Run scripts.<name> with `base` as its base folder; its output is shown. Returns its seconds, start included."""
+    print0(f"scripts.{name} {shlex.join(flags)}")
+    began = time.perf_counter()
+    # `env` sets the folder: recipes read the environment nowhere but in common.py, and this one changes none
+    command = ["env", f"NANOCHAT_BASE_DIR={base}", sys.executable, "-m", f"scripts.{name}", *flags]
+    code = subprocess.run(command).returncode
+    if code:
+        raise UserError(f"scripts.{name}: left with code {code}; its own message above says why")
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    cli.run(main)
