@@ -70,7 +70,7 @@ else
 fi
 
 stage "7/8 report"
-$python -m nanochat.report generate --command="bash runs/runcpu.sh $*" --setup-seconds="$setup_seconds"
+$python -m nanochat.report generate --command="bash runs/runcpu.sh${1:+ $1}" --setup-seconds="$setup_seconds"
 
 stage "8/8 an answer"
 $python -m scripts.chat_cli -p "Hello! Who are you?" --max-tokens=64

@@ -9,11 +9,13 @@ Greedy answers, decoded side by side. Rates come with Wilson's 95 % interval; th
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nanochat import cli
 from nanochat.common import UserError, prepare_process, print0, record_stage
 
-SAMPLES_SHOWN = 2  # per ability, in the record
+if TYPE_CHECKING:
+    from nanochat.evals.chat import Answer
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -55,11 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             low, high = wilson_interval(right, len(answers))
             results[name] = {"accuracy": right / len(answers), "n": len(answers), "interval": [low, high]}
             print0(f"{name:<12} {100 * right / len(answers):5.1f} %  (95 %: {100 * low:.1f} to {100 * high:.1f})")
-            for answer in sorted(answers, key=lambda answer: answer.is_right)[:SAMPLES_SHOWN]:
+            for answer in one_right_one_wrong(answers):
                 question = str(answer.conversation["messages"][-2]["content"])
                 samples.append({"question": question, "reply": answer.text, "right": answer.is_right})
         record.update(model=str(checkpoint.folder), step=checkpoint.step, abilities=results, samples=samples)
         print0(json.dumps({"model": str(checkpoint.folder), "abilities": results}))
+
+
+def one_right_one_wrong(answers: "Sequence[Answer]") -> "list[Answer]":
+    """The first right and the first wrong answer, where there are such: what the report shows."""
+    first = {answer.is_right: answer for answer in reversed(answers)}
+    return [first[is_right] for is_right in (True, False) if is_right in first]
 
 
 if __name__ == "__main__":
