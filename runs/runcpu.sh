@@ -19,6 +19,7 @@ data="${NANOCHAT_TEST_DATA:-../shared/data}"
 tok=(--depth=4 --doc-cap=1000000 --max-chars=50000000) pretrain="$data/pretrain" sft="$data/sft"
 main=(--depth=4 --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --time-budget=450 --eval-every=150)
 chat=(--time-budget=290 --eval-every=200)
+[ "$#" -le 1 ] || { echo "error: $2: unknown argument; use --smoke, --english, --help or none" >&2; exit 2; }
 case "${1:-}" in
     "") pretrain=stdlib sft=abilities ;;
     --english) base="$base/english" ;;

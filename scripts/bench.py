@@ -271,9 +271,13 @@ def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 
 
 def kept_frac(state: dict[str, Any]) -> float:
-    """Of the tokens that have left a loader's buffer, the share that went into rows. state: the loader's."""
+    """Of the tokens that had left a loader's buffer when its window of rows began, the share that went into rows.
+
+    state: the loader's. In the first window nothing has left yet, so nothing is lost.
+    """
     waiting = int(state["packer_lengths"].sum() - state["packer_is_part"].sum())  # a part begins with an added BOS
-    return state["packer_tokens_kept"] / (state["packer_tokens_in"] - waiting)
+    gone = int(state["packer_tokens_in"]) - waiting
+    return int(state["packer_tokens_kept"]) / gone if gone else 1.0
 
 
 def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:

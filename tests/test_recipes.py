@@ -66,7 +66,9 @@ def test_the_whole_path_from_text_to_an_answer(
     base_loss.main([f"--data-dir={text}", "--split-tokens=500"])
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert shown["val_bpb"] == pytest.approx(bpb[-1], rel=1e-4) and shown["step"] == 8
-    chat_sft.main([f"--data={chats}", "--num-iterations=6", "--eval-every=3", "--device-batch-size=2", "--logger=none"])
+    chat_sft.main(
+        [f"--data={chats}", "--num-iterations=30", "--eval-every=15", "--device-batch-size=2", "--logger=none"]
+    )
     losses = [record["loss_raw"] for record in metrics("sft") if "loss_raw" in record]
     assert losses[-1] < losses[0]
     capsys.readouterr()
