@@ -77,6 +77,13 @@ def test_the_seed_decides_the_text(model: GPT) -> None:
     assert text(1) == text(1) != text(2)
 
 
+def test_every_position_has_a_draw_of_its_own(model: GPT) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely as any other
+    tokens = [token.token_id for token in Engine(model, []).generate([5], 60, Sampling(seed=3))]
+    assert len(set(tokens)) > 25
+
+
 def test_sampling_follows_the_models_distribution(model: GPT) -> None:
     engine, draws = Engine(model, stop_ids=[]), 4000
     ids = [token.token_id for token in engine.generate([5, 6], 1, Sampling(1.3, 0, 9), num_samples=draws)]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
+from nanochat.model.attention import rotate
 from nanochat.model.gpt import GPT, build_model, flops_per_token, predict_parameters
-from nanochat.model.mixer import Mixer
+from nanochat.model.mixer import LayerContext, Mixer
 
 pytestmark = pytest.mark.usefixtures("recurrent")
 PATTERNS = ["A", "R", "AR"]
@@ -186,3 +187,19 @@ def test_the_tensor_parallel_plan_names_every_projection_once(pattern: str) -> N
 def test_unknown_letters_schemes_and_activations_name_the_known_ones(changes: dict[str, str], known: str) -> None:
     with pytest.raises(UserError, match=known):
         GPT(replace(small_config("A"), **changes))
+
+
+def test_rotation_keeps_lengths_turns_by_minus_the_angle_and_makes_scores_depend_on_distance_alone() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 8, generator=rng, dtype=torch.float64).expand(1, 30, 1, 8) for _ in range(2))
+    ctx = LayerContext(torch.zeros(1, 30), torch.arange(30)[None], None, (30,))
+    cos, sin = ctx.rotary(8, 100.0, torch.float64)
+    turned_q, turned_k = rotate(q, cos, sin)[0, :, 0], rotate(k, cos, sin)[0, :, 0]
+    torch.testing.assert_close(turned_q.norm(dim=-1), q[0, :, 0].norm(dim=-1))
+    scores = turned_q @ turned_k.mT
+    torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
+    assert (scores[0] - scores[0, 0]).abs().max() > 0.1
+    unit = rotate(torch.eye(8, dtype=torch.float64)[0].expand(1, 30, 1, 8), cos, sin)[0, :, 0]
+    positions = torch.arange(30, dtype=torch.float64)
+    torch.testing.assert_close(unit[:, 0], positions.cos())
+    torch.testing.assert_close(unit[:, 4], -positions.sin())  # the transpose of the textbook's rotation
