@@ -10,7 +10,7 @@
 index. What is held out between the splits "train", "val" and "test":
 
     words, operand pairs     by a hash; a word is on the same side in spelling and in counting
-    phrasings                by lists: no question of one split has the wording of one of another
+    phrasings                by lists (`phrasings`): no question of one split has the wording of one of another
     docstrings               "train" and "test" ask about modules that may be trained on (`stdlib_corpus`), so "test" is
                              recall under other words; "val" asks about held-out modules, which nobody can know by heart
 
@@ -38,6 +38,7 @@ from nanochat import stdlib_corpus
 from nanochat.chat import Conversation, Message, Part
 from nanochat.common import UserError
 from nanochat.knowledge import read_facts
+from nanochat.phrasings import COUNT, EXPLAIN, FRAMES, ORDERS, SPELL, WORDINGS
 
 SPLITS = ("train", "val", "test")
 VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
@@ -111,35 +112,6 @@ def _casually(rng: Random, question: str) -> str:
 
 # Spelling and counting ------------------------------------------------------------------------------------------
 
-SPELL = {
-    "train": (
-        "How do you spell {w}?", "Spell {w}.", "Spell the word {w}.", "Please spell {w}.", "Can you spell {w}?",
-        "What is the spelling of {w}?", "Spell out {w}.", "Write {w} letter by letter.", "What are the letters of {w}?",
-        "Could you spell the word {w} for me?", "I need the spelling of {w}.", "List the letters of {w} in order.",
-        "How is {w} spelled?", "Tell me how to spell {w}.", "Which letters make up the word {w}?", "{w}, spelled out?",
-    ),
-    "val": ("How is the word {w} spelled?", "Write out the letters of {w}.", "Please spell the word {w} for me."),
-    "test": (
-        "Would you spell {w} for me?", "Please give the spelling of the word {w}.", "Spell {w} one letter at a time.",
-        "How would you spell {w}?", "Tell me the letters of the word {w}.", "How do I spell the word {w}?",
-    ),
-}  # fmt: skip
-COUNT = {
-    "train": (
-        "How many {l} are in {w}?", "How many {l} are there in {w}?", "Count the {l} in {w}.",
-        "How many times does {l} appear in {w}?", "How often does {l} occur in {w}?", "Count how many {l} {w} has.",
-        "How many times is the letter {l} in {w}?", "In {w}, how many {l} are there?", "How many {l} in {w}?",
-        "Tell me how many {l} are in the word {w}.", "What is the number of {l} in {w}?",
-        "Please count the letter {l} in the word {w}.", "How many letters {l} does {w} have?",
-    ),
-    "val": ("Count the letters {l} in the word {w}.", "How many times do you find {l} in {w}?"),
-    "test": (
-        "How many {l} does the word {w} have?", "How often is the letter {l} in the word {w}?",
-        "Please tell me how many {l} there are in {w}.", "Count all {l} in the word {w}.",
-        "How many times does the letter {l} occur in the word {w}?",
-    ),
-}  # fmt: skip
-
 
 @cache
 def words(split: str) -> tuple[str, ...]:
@@ -198,33 +170,6 @@ class Counting:
 
 # Arithmetic -----------------------------------------------------------------------------------------------------
 
-FRAMES = {  # around "37*24" or "37 times 24"
-    "train": (
-        "What is {e}?", "What is {e}?", "{e}", "{e} = ?", "Calculate {e}.", "Compute {e}.", "How much is {e}?",
-        "Please calculate {e}.", "What's {e}?", "Can you work out {e}?", "Tell me {e}.", "What does {e} equal?",
-        "I need the result of {e}.",
-    ),
-    "val": ("Please work out {e}.", "How much does {e} equal?"),
-    "test": (
-        "Tell me what {e} is.", "Can you calculate {e}?", "What is the result of {e}?", "Please compute {e} for me.",
-        "Could you tell me how much {e} is?", "What do you get for {e}?",
-    ),
-}  # fmt: skip
-ORDERS = {  # around "multiply 37 by 24"
-    "train": ("{e}.", "Please {e}.", "Can you {e}?", "{e} for me."),
-    "val": ("Now {e}.",),
-    "test": ("Could you {e}?", "Please {e} for me.", "I want you to {e}."),
-}
-WORDINGS = {  # (for FRAMES, for ORDERS): the same in all splits, like the signs; what differs is what stands around
-    "+": (("{a} plus {b}", "the sum of {a} and {b}"), ("add {a} and {b}", "add {b} to {a}")),
-    "-": (("{a} minus {b}", "the difference of {a} and {b}"), ("subtract {b} from {a}", "take {b} away from {a}")),
-    "*": (
-        ("{a} times {b}", "the product of {a} and {b}", "{a} x {b}"),
-        ("multiply {a} by {b}", "multiply {a} and {b}"),
-    ),
-    "/": (("{a} divided by {b}", "{a} over {b}"), ("divide {a} by {b}",)),
-}
-
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -280,14 +225,6 @@ def result(a: int, sign: str, b: int) -> str:
 
 # Docstrings -----------------------------------------------------------------------------------------------------
 
-EXPLAIN = {
-    "train": (
-        "What does {n} do?", "What does {n} do?", "Explain {n}.", "What is {n}?", "What is {n} for?", "Describe {n}.",
-        "Tell me about {n}.", "Tell me what {n} does.", "What do I use {n} for?", "Please explain {n}.", "{n}?",
-    ),
-    "val": ("Explain to me what {n} does.", "What is the purpose of {n}?"),
-    "test": ("Can you explain {n}?", "In Python, what does {n} do?", "What is {n} used for?", "Say what {n} does."),
-}  # fmt: skip
 STOP_WORDS = frozenset(re.findall("[a-z]+", "a an the of to in is are for and or if as it its that this be by with on"))
 MIN_F1 = 0.5
 

@@ -10,9 +10,9 @@ one more document.
 
 Pretraining (`PretrainLoader`, endless). Every epoch shuffles the order of the blocks and the documents in each block,
 and packs all of them ("cut": see packing); the last rows are packed from what still waits, so every epoch holds every
-token as a target exactly once, and only its last row may be padded much. Rows leave in shuffled windows of 512, since
-the parts of a long document are consecutive rows; a state is where the window began and the place in it. The last
-token of a document has the BOS behind it as its target: that is how a model learns where texts end.
+token as a target exactly once, and only its last row may be padded much. Rows leave in shuffled windows of four
+million tokens, since the parts of a long document are consecutive rows; a state is where the window began and the place
+in it. The last token of a document has the BOS behind it as its target: that is how a model learns where texts end.
 
 Validation (`validation_batches`, one pass). The first `max_tokens` tokens in file order, each scored exactly once,
 whatever the batch size, sequence length and number of ranks. BOS stands for no bytes and is never a target.
@@ -27,7 +27,7 @@ import hashlib
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 from typing import Any, Protocol
@@ -42,7 +42,7 @@ from nanochat.dataset import Split
 from nanochat.packing import BestFitPacker, Row, chop
 from nanochat.tokenizer import Tokenizer
 
-WINDOW_ROWS = 512  # rows shuffled among each other
+WINDOW_TOKENS = 2**22  # rows of so many tokens are shuffled among each other: 17 MB, an epoch of the Python library
 TOKENIZE_DOCUMENTS = 128  # documents tokenised at a time: a step never waits for a whole block
 
 
@@ -199,8 +199,8 @@ class PretrainLoader:
         """The epoch's next rows, shuffled: the parts of a long document must not fill a batch of their own."""
         self._fill()
         self._window_start = self._position()
-        while len(self._window) < WINDOW_ROWS and self._fill():
-            self._window.append(self._packer.next_row())
+        while len(self._window) * self._rank_rows.capacity < WINDOW_TOKENS and self._fill():
+            self._window.append(_compact(self._packer.next_row()))
         where = (self._window_start[name] for name in ("epoch", "block", "document"))
         Random(" ".join(map(str, (self._seed, *where)))).shuffle(self._window)
 
@@ -231,6 +231,11 @@ class PretrainLoader:
             self._texts = self._blocks[index].read()
             Random(f"{self._seed} {self.epoch} {index}").shuffle(self._texts)
         return self._texts
+
+
+def _compact(row: Row) -> Row:
+    """The row in 4 bytes per token, for the many rows of a window."""
+    return replace(row, pieces=tuple(replace(piece, ids=array("i", piece.ids)) for piece in row.pieces))
 
 
 # Validation ----------------------------------------------------------------------------------------------------

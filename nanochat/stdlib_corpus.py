@@ -51,7 +51,7 @@ SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "_bundled", "site-pac
 OS_PATH = ("posixpath", "ntpath", "genericpath")
 TOPICS_FILE = "pydoc_data/topics.py"
 _TRIVIAL = re.compile(r"\s*(?:from \S+ )?import\b|[^a-zA-Z]*$")
-_WORD = re.compile(r"(?<![A-Za-z0-9_])[a-z]{4,12}(?![A-Za-z0-9_])")
+_WORD = re.compile(r"(?<![A-Za-z])[a-z]{4,12}(?![A-Za-z])")
 PROGRAMS = frozenset({"distutils", "idlelib", "lib2to3", "turtledemo"})  # in the library, but hardly ever imported
 TOPIC = "topic "  # begins the name of a topic's document
 
@@ -190,7 +190,7 @@ def _size(document: Document) -> int:
 
 
 def words(documents: Iterable[Document]) -> list[str]:
-    """The lower-case words of 4 to 12 letters that stand alone in the texts (not inside a longer name), sorted."""
+    """The lower-case words of 4 to 12 letters in the texts, also as parts of names like `max_workers`, sorted."""
     return sorted({word for document in documents for word in _WORD.findall(document.text)})
 
 

@@ -3,18 +3,23 @@
     python -m scripts.base_loss --data-dir=FOLDER
     python -m scripts.base_loss --model-tag=d12 --step=2520 --split-tokens=1000000
 
-    python -m scripts.base_loss --compare-compressors        # the whole validation text, beside xz -9 and zstd -19
+    python -m scripts.base_loss --compare-compressors        # the validation text alone, beside xz -9 and zstd -19
 
-The tokens are the first of each split, every one scored once; the last line of the output is JSON.
+The tokens are the first of each split, every one scored once; beside compressors, documents stay whole. The last line
+of the output is JSON.
 """
 
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanochat import cli
 from nanochat.common import prepare_process, print0, record_stage
+
+if TYPE_CHECKING:
+    from nanochat.dataset import Split
+    from nanochat.tokenizer import Tokenizer
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -24,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.flag("--device-batch-size", cli.positive_int, cli.DEVICE_BATCH_SIZE, "rows per forward pass")
     parser.flag("--split-tokens", cli.positive_int, 40 * 2**19, "tokens of each split")
     parser.switch(
-        "--compare-compressors", "score all validation documents, with overlapping windows, beside xz and zstd"
+        "--compare-compressors", "score whole validation documents, with overlapping windows, beside xz and zstd"
     )
     cli.add_device_flags(parser)
     return parser.parse(argv)
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = checkpoint.build_model(rt.device, rt.dtype)
         result: dict[str, Any] = {"model": str(checkpoint.folder), "step": checkpoint.step}
         if args.compare_compressors:
-            result |= compare_compressors(model, tokenizer, list(corpus.val.documents()))
+            result |= compare_compressors(model, tokenizer, first_documents(corpus.val, tokenizer, args.split_tokens))
             record.update(result)
             print0(f"val bpb {result['val_bpb']:.4f} on {result['bytes']:,} bytes; {result['compressors']}")
             print0(json.dumps(result))
@@ -65,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             result[f"{name}_bpb"] = bpb = evaluate_bpb(model, batches, tokenizer.token_bytes, rt)
             print0(f"{name} bpb {bpb:.4f}")
         print0(json.dumps(result))
+
+
+def first_documents(split: "Split", tokenizer: "Tokenizer", num_tokens: int) -> list[str]:
+    """As many documents, from the first on, as it takes to have `num_tokens` tokens."""
+    documents: list[str] = []
+    for document in split.documents():
+        if num_tokens <= 0:
+            break
+        documents.append(document)
+        num_tokens -= len(tokenizer.encode(document))
+    return documents
 
 
 if __name__ == "__main__":

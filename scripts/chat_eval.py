@@ -2,6 +2,7 @@
 
     python -m scripts.chat_eval                                   # the newest fine-tuned model, 500 questions each
     python -m scripts.chat_eval --abilities=spelling,arithmetic --max-problems=100
+    python -m scripts.chat_eval --split=val                       # for choosing between models: test is for the last
 
 Greedy answers, decoded side by side. Rates come with Wilson's 95 % interval; the last line is JSON.
 """
@@ -23,6 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.add_model_choice_flags(parser, default="sft")
     parser.flag("--abilities", str, "", "names separated by commas; empty: all", "-a")
     parser.flag("--max-problems", cli.positive_int, 500, "questions per ability", "-x")
+    parser.flag("--split", cli.one_of("test", "val"), "test", "side whose questions are asked")
     parser.flag("--max-new-tokens", cli.positive_int, 64, "longest answer", "-m")
     parser.flag("--batch-size", cli.positive_int, 64, "questions decoded side by side", "-b")
     cli.add_device_flags(parser)
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         samples: list[dict[str, object]] = []
         for name in names:
             ability = ABILITIES[name]
-            questions = [ability.conversation("test", i) for i in range(args.max_problems)]
+            questions = [ability.conversation(args.split, i) for i in range(args.max_problems)]
             answers = answer_all(engine, tokenizer, questions, ability.judge, args.max_new_tokens, args.batch_size)
             right = sum(answer.is_right for answer in answers)
             low, high = wilson_interval(right, len(answers))
@@ -60,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for answer in one_right_one_wrong(answers):
                 question = str(answer.conversation["messages"][-2]["content"])
                 samples.append({"question": question, "reply": answer.text, "right": answer.is_right})
-        record.update(model=str(checkpoint.folder), step=checkpoint.step, abilities=results, samples=samples)
-        print0(json.dumps({"model": str(checkpoint.folder), "abilities": results}))
+        print0(json.dumps({"model": str(checkpoint.folder), "split": args.split, "abilities": results}))
+        if args.split == "test":
+            record.update(model=str(checkpoint.folder), step=checkpoint.step, abilities=results, samples=samples)
 
 
 def one_right_one_wrong(answers: "Sequence[Answer]") -> "list[Answer]":

@@ -29,6 +29,7 @@ FLOORS = (
         "chat",
         "abilities",
         "knowledge",
+        "phrasings",
         "tokenizer",
         "scaling",
     ),
@@ -50,6 +51,7 @@ SAME_FLOOR = {
     ("abilities", "chat"),
     ("abilities", "stdlib_corpus"),
     ("abilities", "knowledge"),
+    ("abilities", "phrasings"),
     ("engine", "tools"),
     ("train", "checkpoint"),
 }

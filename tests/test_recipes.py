@@ -66,6 +66,11 @@ def test_the_whole_path_from_text_to_an_answer(
     base_loss.main([f"--data-dir={text}", "--split-tokens=500"])
     shown = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert shown["val_bpb"] == pytest.approx(bpb[-1], rel=1e-4) and shown["step"] == 8
+    documents = {}
+    for num_tokens in (50, 10**6):
+        base_loss.main([f"--data-dir={text}", "--compare-compressors", f"--split-tokens={num_tokens}"])
+        documents[num_tokens] = json.loads(capsys.readouterr().out.splitlines()[-1])["documents"]
+    assert 1 <= documents[50] < documents[10**6]
     chat_sft.main(
         [f"--data={chats}", "--num-iterations=30", "--eval-every=15", "--device-batch-size=2", "--logger=none"]
     )
