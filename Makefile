@@ -27,7 +27,7 @@ format:
 test:
 	$(PYTHON) -m pytest -q -m "not slow and not gpu" -n $(WORKERS)
 
-# pytest's status 5: no test is marked so.
+# pytest's status 5: no test ran, as where the extra `browser` is missing (an error if NANOCHAT_REQUIRE_BROWSER=1).
 slow:
 	$(PYTHON) -m pytest -q -m "slow and not gpu" || [ $$? -eq 5 ]
 

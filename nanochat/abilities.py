@@ -29,19 +29,21 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal, Inexact
+from decimal import Decimal
 from functools import cache
 from random import Random
 from typing import Protocol
 
 from nanochat import stdlib_corpus
+from nanochat.calculator import calculate
 from nanochat.chat import Conversation, Message, Part
 from nanochat.common import UserError
 from nanochat.knowledge import read_facts
-from nanochat.phrasings import COUNT, EXPLAIN, FRAMES, ORDERS, SPELL, WORDINGS
+from nanochat.phrasings import COUNT, ENDINGS, EXPLAIN, FRAMES, OPENINGS, ORDERS, SPELL, WORDINGS
 
 SPLITS = ("train", "val", "test")
 VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
+EMBEDDED_FRAC = 0.15  # of the questions trained on, that have an opening; as many have an ending
 Content = str | list[Part]
 
 
@@ -84,7 +86,8 @@ def _reference(conversation: Conversation) -> str:
     return answer_text(conversation["messages"][-1]["content"])
 
 
-def _with_tool(call: str, output: str) -> list[Part]:
+def _with_tool(call: str) -> list[Part]:
+    output = calculate(call)
     return [
         {"type": "python", "text": call},
         {"type": "python_output", "text": output},
@@ -110,6 +113,16 @@ def _casually(rng: Random, question: str) -> str:
     return question.rstrip("?.!") if rng.random() < 0.2 and question[-1] in "?.!" else question
 
 
+def _embedded(rng: Random, split: str, question: str) -> str:
+    """In training, some questions stand among words that have nothing to do with them."""
+    question = _casually(rng, question)
+    if split != "train":
+        return question
+    opening = rng.choice(OPENINGS) if rng.random() < EMBEDDED_FRAC else ""
+    ending = rng.choice(ENDINGS) if rng.random() < EMBEDDED_FRAC else ""
+    return opening + question + ending
+
+
 # Spelling and counting ------------------------------------------------------------------------------------------
 
 
@@ -126,7 +139,7 @@ def _quoted(rng: Random, text: str) -> str:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A word's letters. Right is a reply whose only run of single letters spells the word, however it is separated."""
+    """A word's letters. Right is a reply that says them and nothing else, but for an introduction before them."""
 
     name: str = "spelling"
 
@@ -134,35 +147,38 @@ class Spelling:
         rng = _rng(self.name, split, index)
         word = rng.choice(words(split))
         question = rng.choice(SPELL[split]).replace("{w}", _quoted(rng, word))
-        return _conversation(self.name, _casually(rng, question), f"It is spelled {' '.join(word)}")
+        return _conversation(self.name, _embedded(rng, split, question), f"It is spelled {' '.join(word)}")
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _spelled_word(answer_text(reply)) == _spelled_word(_reference(conversation))
 
 
+SPELLED = r"[a-z](?:[ ,.:\n-]{1,3}[a-z])+"  # single letters with separators
+
+
 def _spelled_word(text: str) -> str | None:
-    runs = re.findall(r"(?<![a-z])[a-z](?:[ ,.:-]{1,2}[a-z])+(?![a-z])", text.lower())
-    return re.sub("[^a-z]", "", runs[0]) if len(runs) == 1 else None
+    """What a reply spells after an introduction such as "It is spelled"; None where it says anything else."""
+    match = re.fullmatch(rf"(.*(?::|\b(?:spelled|is|are|as)))?\s*({SPELLED})[.!]?", text.strip().lower(), re.DOTALL)
+    if not match or re.search(rf"\b{SPELLED}\b", match[1] or ""):
+        return None
+    return re.sub("[^a-z]", "", match[2])
 
 
 @dataclass(frozen=True)
 class Counting:
-    """How often a letter occurs in a word, by the calculator. Right is a reply that ends in the number.
-
-    spells: the call counts in the spelled word, `' b a n a n a'.count('a')`: longer, but the same skill as spelling.
-    """
+    """How often a letter occurs in a word, by the calculator. Right is a reply that ends in the number."""
 
     name: str = "counting"
-    spells: bool = False
 
     def conversation(self, split: str, index: int) -> Conversation:
         rng = _rng(self.name, split, index)
         word = rng.choice(words(split))
         letter = rng.choice(word) if rng.random() < 0.85 else rng.choice("abcdefghijklmnopqrstuvwxyz")
         template = rng.choice(COUNT[split])
-        question = template.replace("{w}", _quoted(rng, word)).replace("{l}", _quoted(rng, letter))
-        call = f"' {' '.join(word)}'.count('{letter}')" if self.spells else f" '{word}'.count('{letter}')"
-        return _conversation(self.name, _casually(rng, question), _with_tool(call, str(word.count(letter))))
+        is_plural = re.search(r"\{l\}'?s", template) is not None  # "how many a's", never "how many 'a''s"
+        shown = letter if is_plural else _quoted(rng, letter)
+        question = template.replace("{w}", _quoted(rng, word)).replace("{l}", shown)
+        return _conversation(self.name, _embedded(rng, split, question), _with_tool(f" '{word}'.count('{letter}')"))
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _ends_in_same_number(conversation, reply)
@@ -183,8 +199,8 @@ class Arithmetic:
         a, b = _operands(rng, sign)
         while split_of(f"{min(a, b)} {max(a, b)}") != split:  # who has seen 24*37 knows 37*24
             a, b = _operands(rng, sign)
-        question = _casually(rng, _asked(rng, split, a, sign, b))
-        return _conversation(self.name, question, _with_tool(f"{a}{sign}{b}", result(a, sign, b)))
+        question = _embedded(rng, split, _asked(rng, split, a, sign, b))
+        return _conversation(self.name, question, _with_tool(f"{a}{sign}{b}"))
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _ends_in_same_number(conversation, reply)
@@ -209,18 +225,6 @@ def _asked(rng: Random, split: str, a: int, sign: str, b: int) -> str:
         symbols = (f"{{a}}{sign}{{b}}", f"{{a}} {sign} {{b}}")
         text = rng.choice(FRAMES[split]).replace("{e}", rng.choice(symbols if way < 0.65 else phrases))
     return text.replace("{a}", str(a)).replace("{b}", str(b))
-
-
-def result(a: int, sign: str, b: int) -> str:
-    """What the calculator answers (tools.calculate, which this floor may not import; a test compares them)."""
-    if sign != "/":
-        return str({"+": a + b, "-": a - b, "*": a * b}[sign])
-    for digits in (40, 12):  # exact where the decimals end
-        context = Context(prec=digits)
-        value = context.divide(Decimal(a), Decimal(b))
-        if not context.flags[Inexact]:
-            break
-    return f"{value.normalize():f}"
 
 
 # Docstrings -----------------------------------------------------------------------------------------------------
@@ -249,7 +253,7 @@ class Docs:
         rng = _rng(self.name, split, index)
         name, sentence = rng.choice(docstrings(split))
         question = rng.choice(EXPLAIN[split]).replace("{n}", f"`{name}`" if rng.random() < 0.5 else name)
-        return _conversation(self.name, question, sentence)
+        return _conversation(self.name, _embedded(rng, split, question), sentence)
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return word_f1(answer_text(reply), _reference(conversation)) >= MIN_F1
@@ -270,7 +274,11 @@ def word_f1(text: str, reference: str) -> float:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who the assistant is and what it can do, greetings included. Right is a reply that the fact accepts."""
+    """Who the assistant is and what it can do, greetings included.
+
+    Right is a reply that has the words that the fact needs and an F1 of at least 0.5 against its answer: "No problem, I
+    have access to the internet" has the words `no` and `internet` too.
+    """
 
     name: str = "identity"
 
@@ -281,8 +289,9 @@ class Identity:
         return _conversation(self.name, question.lower() if rng.random() < 0.2 else question, fact.answer)
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
-        wanted = _reference(conversation)
-        return next(fact for fact in read_facts() if fact.answer == wanted).accepts(answer_text(reply))
+        wanted, given = _reference(conversation), answer_text(reply)
+        fact = next(fact for fact in read_facts() if fact.answer == wanted)
+        return fact.accepts(given) and word_f1(given, wanted) >= MIN_F1
 
 
 def _mistyped(rng: Random, question: str) -> str:

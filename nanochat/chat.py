@@ -25,6 +25,7 @@ always ends in user_end, assistant_start.
 """
 
 import codecs
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
@@ -137,6 +138,19 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
     if len(prompt) > room:  # one user message: bos, user_start, text, user_end
         prompt = prompt[:2] + prompt[len(prompt) - (room - 2) :]
     return [*prompt, tokenizer.special("<|assistant_start|>")]
+
+
+def prompt_room(context: int, max_tokens: int, shortest: int = SHORTEST_PROMPT) -> int:
+    """How many tokens of a context a prompt may take: what an answer of `max_tokens` leaves, but half of it at least.
+
+    shortest: the fewest it can have. Raises UserError where the context has no room for that and an answer.
+
+    >>> prompt_room(2048, 512), prompt_room(2048, 4096)
+    (1536, 1024)
+    """
+    if context <= shortest:
+        raise UserError(f"the model's context of {context} tokens is too short to chat; --source=base continues a text")
+    return max(shortest, context // 2, context - max_tokens)
 
 
 def _newest_exchanges(tokenizer: Tokenizer, messages: list[Message], max_tokens: int | None) -> Tokens:
@@ -259,6 +273,13 @@ class ReplyReader:
             self.parts.append({"type": self._kind, "text": ""})
         self.parts[-1]["text"] += text
         return [{"type": self._kind, "text": text}]
+
+
+def terminal_text(text: str) -> str:
+    """`text` without power over a terminal: what moves the cursor, changes the colour or turns the direction of writing
+    is an escape such as \\x1b. Newlines, tabs and every kind of space stay, and the joiners that emoji are made with.
+    """
+    return "".join(c if c in "\n\t\u200c\u200d" or unicodedata.category(c) == "Zs" else printable(c) for c in text)
 
 
 def visualize_tokens(tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int]) -> str:

@@ -87,6 +87,11 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.meta["model_config"])
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return str(read_json(self.folder / "manifest.json")["files"]["model.safetensors"]["sha256"])
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "tokenizer.json")
 
@@ -186,12 +191,14 @@ def depth_then_age(folder: Path) -> tuple[int, float]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    # A checkpoint is whole or worthless; run.json stands beside checkpoints that are as good without it.
+    advice = "remove that one file" if path.name == "run.json" else f"the checkpoint is damaged, delete {path.parent}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the checkpoint is damaged, delete its folder") from error
+        raise UserError(f"{path}: cannot be read ({error}); {advice}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; the checkpoint is damaged, delete its folder")
+        raise UserError(f"{path}: holds no JSON object; {advice}")
     return content
 
 

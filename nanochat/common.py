@@ -8,6 +8,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -16,10 +17,14 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, cast
 
+from nanochat.memory import MemoryWatch
+
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
+PROCESS_BEGAN = time.perf_counter()  # near enough: recipes import this module before all that takes time
 
 
 class UserError(ValueError):
@@ -85,6 +90,25 @@ def prepare_process(offline: bool = False) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def prepare_matplotlib() -> None:
+    """Keep Matplotlib's font cache in the base folder: it prints warnings where the home folder cannot be written.
+
+    To be called before Matplotlib is imported. A given MPLCONFIGDIR wins.
+    """
+    os.environ.setdefault("MPLCONFIGDIR", str(base_dir() / "matplotlib"))
+
+
+def show_progress(name: str, done: int, total: int) -> None:
+    """`name done/total` on one line that the next call overwrites and the last clears; for terminals only, on rank 0.
+
+    On stderr, so that it is seen where stdout goes to a file.
+    """
+    if sys.stderr.isatty() and launch_ranks()[0] == 0:
+        text = f"{name} {done:,}/{total:,}"
+        end = f"\r{' ' * len(text)}\r" if done >= total else ""
+        print(f"\r{text}{end}", end="", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -208,35 +232,83 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], file)
 
 
+# Records of stages -----------------------------------------------------------------------------------------------
+
+
 def report_folder() -> Path:
     """Where stages leave their records and the report is written."""
     return base_dir() / "report"
 
 
+def record_path(name: str) -> Path:
+    """The file of a stage's record."""
+    return report_folder() / "stages" / f"{name}.json"
+
+
 @contextmanager
-def record_stage(name: str) -> Iterator[dict[str, Any]]:
+def record_stage(name: str, began: float = PROCESS_BEGAN) -> Iterator[dict[str, Any]]:
     """Time a stage and save what the block puts into the dict as `<report folder>/stages/<name>.json`, on rank 0.
 
-    Added are `wall_clock_s` and `peak_rss_bytes` of this process; `earlier_s` in the dict, the time that an
-    interrupted run of the same stage took, is added to the clock. A block that puts nothing in leaves no record.
+    A process is one stage: its clock starts with the process. Whoever records several of them gives each one's start, a
+    time of `time.perf_counter`. Added are `wall_clock_s`, `peak_rss_bytes` (`memory.MemoryWatch`) and `ended`, a date.
+    `earlier_s` in the dict is the time that an earlier process spent on the same stage: it is added to the clock, and
+    of the peaks of both, where that process has left a record, the larger one stays. A block that fails, or puts
+    nothing in, leaves no record.
     """
-    began = time.perf_counter()
+    rank, world_size, _ = launch_ranks()
     record: dict[str, Any] = {}
-    yield record
-    if record and launch_ranks()[0] == 0:
-        record["wall_clock_s"] = time.perf_counter() - began + record.pop("earlier_s", 0.0)
-        record["peak_rss_bytes"] = peak_rss_bytes()
-        with atomic_write(report_folder() / "stages" / f"{name}.json") as path:
-            path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if rank > 0:
+        yield record
+        return
+    with MemoryWatch(os.getppid() if world_size > 1 else os.getpid()) as memory:
+        yield record
+    if record:
+        earlier_s = record.pop("earlier_s", 0.0)
+        record["ended"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        record["wall_clock_s"] = time.perf_counter() - began + earlier_s
+        record["peak_rss_bytes"] = memory.peak_bytes()
+        if earlier_s:
+            with suppress(UserError):  # there is none, or it is damaged
+                earlier = read_record(record_path(name)).get("peak_rss_bytes") or 0
+                record["peak_rss_bytes"] = max(earlier, record["peak_rss_bytes"])
+        write_record(name, record)
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held."""
-    import resource  # not on every platform
+def write_record(name: str, record: dict[str, Any]) -> None:
+    """Save a stage's record in the place of an earlier one."""
+    with atomic_write(record_path(name)) as path:
+        path.write_text(to_json(record, indent=1), encoding="utf-8")
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A record that a stage left. Raises UserError where it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run that stage again") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: holds no JSON object; run that stage again")
+    return record
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every program reads: NaN and the infinities, which JSON does not have, become null.
+
+    >>> to_json({"bpb": float("nan"), "n": [1, 2.5]})
+    '{"bpb": null, "n": [1, 2.5]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Devices ---------------------------------------------------------------------------------------------------------
 
 # Dense bf16 peak, FLOP/s. The first entry whose words are all among the words of the device name wins, so special cases
 # come first. Whole words only: an L40 is no L4, and an RTX A4000 no A40.

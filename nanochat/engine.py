@@ -5,7 +5,7 @@ from (seed, row, position) alone, so its text does not depend on its neighbours,
 forces tokens in. Finished rows leave the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as IdSequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -69,6 +69,11 @@ class Sample:
     forced: list[int] = field(default_factory=list)
 
 
+def never() -> bool:
+    """The stop test of a generation that nobody stops."""
+    return False
+
+
 class Engine:
     """Generates from one model. stop_ids end a row and are not part of it."""
 
@@ -84,15 +89,19 @@ class Engine:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         num_samples: int = 1,
         hooks: IdSequence[ToolHook] = (),
+        should_stop: Callable[[], bool] = never,
     ) -> Iterator[Token]:
         """Yield the tokens of `num_samples` continuations of `prompt` as they come, row after row at each position.
 
         hooks: one per sample, or none. A row ends at a stop token, after max_tokens, or where the model's context ends.
+        should_stop: asked after every chunk of the prompt and before every later forward; once True, all rows end.
         Raises UserError for an empty prompt or one that fills the whole context.
         """
         rows = self._rows([prompt] * num_samples, max_tokens, hooks)
-        logits, state = self._prefill(prompt, len(prompt) + rows[0].limit)
-        yield from self._decode(rows, logits.expand(num_samples, -1), state.fork(num_samples), sampling)
+        logits, state = self._prefill(prompt, len(prompt) + rows[0].limit, should_stop)
+        if should_stop():
+            return
+        yield from self._decode(rows, logits.expand(num_samples, -1), state.fork(num_samples), sampling, should_stop)
 
     @torch.inference_mode()
     def generate_each(
@@ -123,16 +132,27 @@ class Engine:
             rows.append(Sample(index, len(prompt), min(max_tokens, room), hooks[index] if hooks else None))
         return rows
 
-    def _prefill(self, prompt: IdSequence[int], max_len: int) -> tuple[Tensor, DecodeState]:
-        """Logits (1, V) after the prompt, and the state of its row."""
+    def _prefill(
+        self, prompt: IdSequence[int], max_len: int, should_stop: Callable[[], bool] = never
+    ) -> tuple[Tensor, DecodeState]:
+        """Logits (1, V) after the prompt, and the state of its row; both useless once `should_stop` is true."""
         state = self.model.new_state(1, max_len)
         device = state.positions.device
         for start in range(0, len(prompt), PREFILL_CHUNK):
             ids = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=device)
             logits = self.model.next_logits(ids, state)
+            if should_stop():
+                break
         return logits, state
 
-    def _decode(self, rows: list[Sample], logits: Tensor, state: DecodeState, sampling: Sampling) -> Iterator[Token]:
+    def _decode(
+        self,
+        rows: list[Sample],
+        logits: Tensor,
+        state: DecodeState,
+        sampling: Sampling,
+        should_stop: Callable[[], bool] = never,
+    ) -> Iterator[Token]:
         """Sample, yield, feed back, until every row has left. logits: (B, V), one row each."""
         while True:
             chosen = sample(logits, rows, sampling)
@@ -145,7 +165,7 @@ class Engine:
                 chosen[place] = token.token_id
                 if row.length < row.limit:
                     alive.append(place)
-            if not alive:
+            if not alive or should_stop():
                 return
             if len(alive) < len(rows):
                 state = state.select(torch.tensor(alive, device=logits.device))
@@ -171,7 +191,9 @@ def sample(logits: Tensor, rows: IdSequence[Sample], sampling: Sampling) -> list
         return logits.argmax(dim=-1).tolist()
     k = min(sampling.top_k or logits.size(-1), logits.size(-1))
     values, ids = logits.topk(k, dim=-1) if k < logits.size(-1) else (logits, None)
-    cumulative = (values.cpu().double() / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, K); MPS has no f64
+    values = values.cpu().double()  # on the CPU, for MPS has no f64
+    below = values - values.amax(dim=-1, keepdim=True)  # at most 0: divided by a tiny temperature, none becomes inf
+    cumulative = (below / sampling.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, K)
     draws = [uniform(sampling.seed, row.index, row.start + row.length) for row in rows]
     u = torch.tensor(draws, dtype=torch.float64)[:, None] * cumulative[:, -1:]
     places = torch.searchsorted(cumulative, u, right=True).clamp_max(k - 1)  # (B, 1)

@@ -43,7 +43,7 @@ from nanochat.packing import BestFitPacker, Row, chop
 from nanochat.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 2**22  # rows of so many tokens are shuffled among each other: 17 MB, an epoch of the Python library
-TOKENIZE_DOCUMENTS = 128  # documents tokenised at a time: a step never waits for a whole block
+TOKENIZE_DOCUMENTS = 128  # documents tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class PretrainLoader:
             "tokenizer": tokenizer.fingerprint,
             "seed": seed,
             "sequence_len": sequence_len,
+            "window_tokens": WINDOW_TOKENS,
         }
         self._packer = BestFitPacker(self._rank_rows.capacity, "cut", bos=tokenizer.bos)
         self._row = 0  # place in the window
@@ -320,9 +321,10 @@ class ConversationLoader:
         for ids, mask in self._rendered:
             digest.update(ids)
             digest.update(mask)
+        self.fingerprint = digest.hexdigest()  # of everything that is learned, as tokens
         self._identity = {
             "loader": "conversations",
-            "data": digest.hexdigest(),
+            "data": self.fingerprint,
             "seed": seed,
             "sequence_len": sequence_len,
         }

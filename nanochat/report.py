@@ -4,183 +4,281 @@ Each stage leaves a JSON record (`common.record_stage`); this module puts them t
 docs/report.md has the schema), `report.md` (for people) and `loss.png` in `<base>/report/`.
 
     python -m nanochat.report reset        forget the records of earlier runs
+    python -m nanochat.report setup        note what setting up the environment took (--setup-seconds)
     python -m nanochat.report generate     write the report and copy report.md to the current folder
+
+A record that is damaged, or that judges another model than the one that was trained, is left out, and the report says
+so. Set-up is mostly done already when a run is repeated, so of several times the longest is kept.
 """
 
-import json
 import os
-import platform
+import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from nanochat import cli
-from nanochat.common import UserError, atomic_write, base_dir, print0, report_folder
+from nanochat.common import (
+    UserError,
+    atomic_write,
+    base_dir,
+    prepare_matplotlib,
+    print0,
+    printable,
+    read_record,
+    record_path,
+    report_folder,
+    to_json,
+    write_record,
+)
 
 SCHEMA = 1
-STAGES = ("setup", "tok_train", "tok_eval", "base_train", "base_loss", "chat_sft", "chat_eval")
+STAGES = ("setup", "tok_train", "base_train", "base_loss", "compression", "chat_sft", "chat_eval")
+TRAINERS = ("base_train", "chat_sft")
+JUDGED = {"base_loss": "base_train", "compression": "base_train", "chat_eval": "chat_sft"}  # by the stage that trains
+HEADING = "# nanochat report"
+Records = dict[str, dict[str, Any]]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Namespace]:
-    parser = cli.Parser(__doc__)
-    parser.flag("--command", str, "", "the command that reproduces this run, shown in the report")
-    parser.flag("--setup-seconds", cli.non_negative_float, None, "what setting up the environment took")
     words = list(sys.argv[1:] if argv is None else argv)
     action = words.pop(0) if words and not words[0].startswith("-") else "generate"
-    if action not in ("reset", "generate"):
-        raise UserError(f"{action}: choose reset or generate")
+    if action not in ("reset", "setup", "generate"):
+        raise UserError(f"{printable(action)}: choose reset, setup or generate")
+    parser = cli.Parser(__doc__)
+    if action == "generate":
+        parser.flag("--command", str, "", "the command that reproduces this run, shown in the report")
+    if action != "reset":
+        parser.flag("--setup-seconds", cli.non_negative_float, None, "what setting up the environment took")
+    if action == "setup":
+        parser.check(lambda args: "--setup-seconds: needed" if args.setup_seconds is None else None)
     return action, parser.parse(words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     action, args = parse_args(argv)
     if action == "reset":
-        shutil.rmtree(report_folder(), ignore_errors=True)
+        forget()
         return
-    records = read_records()
     if args.setup_seconds is not None:
-        records["setup"] = {"wall_clock_s": args.setup_seconds}
-    report = build_report(records, args.command)
+        note_setup(args.setup_seconds)
+    if action == "generate":
+        generate(args.command)
+
+
+def forget() -> None:
+    """Remove the report and all records."""
     folder = report_folder()
-    plot_losses(records, folder / "loss.png")
-    with atomic_write(folder / "report.json") as path:
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    with atomic_write(folder / "report.md") as path:
-        path.write_text(render_markdown(report), encoding="utf-8")
     try:
-        shutil.copyfile(folder / "report.md", "report.md")
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        print0(f"{folder}: nothing was there")
     except OSError as error:
-        print0(f"note: report.md was not copied here ({error.strerror})")
-    print0(f"wrote {folder / 'report.md'}, report.json and loss.png")
+        raise UserError(f"{folder}: could not be removed ({error.strerror}); remove it yourself") from error
 
 
-def read_records() -> dict[str, dict[str, Any]]:
-    """The stages' records, in the pipeline's order."""
+def note_setup(seconds: float) -> None:
+    """Record what set-up took, unless it took longer before."""
+    earlier: dict[str, Any] = {}
+    with suppress(UserError):  # there is none, or it is damaged
+        earlier = read_record(record_path("setup"))
+    write_record("setup", {"wall_clock_s": max(seconds, earlier.get("wall_clock_s") or 0.0)})
+
+
+def generate(command: str) -> None:
+    """Write the report: the figures first, then what may fail without them being lost."""
+    records, notes = read_records()
+    curves = loss_curves(records, notes)
+    for note in notes:
+        print0(f"note: {note}")
+    report = build_report(records, notes, command)
+    folder = report_folder()
+    picture = folder / "loss.png"
+    with atomic_write(folder / "report.json") as path:
+        path.write_text(to_json(report, indent=1), encoding="utf-8")
+    with atomic_write(folder / "report.md") as path:
+        path.write_text(render_markdown(report, picture.name if curves else ""), encoding="utf-8")
+    print0(f"wrote {folder / 'report.md'} and report.json")
+    copy_here(render_markdown(report, os.path.relpath(picture) if curves else ""))
+    if curves:
+        plot_losses(curves, picture)
+        print0(f"wrote {picture}")
+
+
+def copy_here(text: str) -> None:
+    """Put the report into the current folder, unless something else bears its name there."""
+    here = Path("report.md")
+    try:
+        if here.exists() and not here.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
+            print0("note: report.md of this folder is no report of ours, so it was left alone")
+            return
+        with atomic_write(here) as path:
+            path.write_text(text, encoding="utf-8")
+    except (OSError, UserError) as error:
+        reason = error.__cause__ or error
+        print0(f"note: report.md was not copied here ({getattr(reason, 'strerror', None) or reason})")
+
+
+# Records -------------------------------------------------------------------------------------------------------
+
+
+def read_records() -> tuple[Records, list[str]]:
+    """The stages' records in the pipeline's order, and what was left out of them and why."""
     folder = report_folder() / "stages"
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found: Records = {}
+    notes: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found[path.stem] = read_record(path)
+        except UserError as error:
+            notes.append(f"{path.stem} is left out: {error}")
+    for name, trainer in JUDGED.items():
+        (judged, judged_at), (trained, trained_at) = (model_of(found.get(stage, {})) for stage in (name, trainer))
+        if judged and trained and (judged != trained or judged_at < trained_at):
+            later = "" if judged != trained else " after that"
+            told = f"it judged {judged}, but {trainer} trained {trained}{later}; run {name} again"
+            notes.append(f"{name} is left out: {told}")
+            del found[name]
     if not found:
-        raise UserError(f"{folder}: no stage has left a record yet; train something first")
+        raise UserError("\n".join([*notes, f"{folder}: no stage has left a record yet; train something first"]))
     known = {name: found[name] for name in STAGES if name in found}
-    return known | found
+    return known | found, notes
 
 
-def build_report(records: dict[str, dict[str, Any]], command: str) -> dict[str, Any]:
+def model_of(record: dict[str, Any]) -> tuple[str, str]:
+    """(`base/d4/step_000100`, when): the model that a stage has trained or judged; empty where it does not say."""
+    when = str(record.get("ended", ""))
+    if isinstance(record.get("model"), str):
+        return "/".join(Path(record["model"]).parts[-3:]), when
+    if "metrics" in record and "steps" in record:
+        return "/".join([*Path(record["metrics"]).parts[-3:-1], f"step_{record['steps']:06d}"]), when
+    return "", when
+
+
+def build_report(records: Records, notes: Sequence[str], command: str) -> dict[str, Any]:
     """The content of report.json."""
-    comparison, evaluation = records.get("base_loss", {}), records.get("chat_eval", {})
+    from nanochat.machine import describe_machine, git_commit
+
+    comparison, evaluation = records.get("compression", {}), records.get("chat_eval", {})
     clock = {name: record["wall_clock_s"] for name, record in records.items() if "wall_clock_s" in record}
+    peaks = [record["peak_rss_bytes"] for record in records.values() if "peak_rss_bytes" in record]
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "commit": git_commit(),
         "machine": describe_machine(),
-        "val_bpb": comparison.get("val_bpb"),
+        "val_bpb": (comparison or records.get("base_loss", {})).get("val_bpb"),
         "compressors": comparison.get("compressors", {}),
         "per_document": comparison.get("per_document", {}),
         "held_out_bytes": comparison.get("bytes"),
         "abilities": evaluation.get("abilities", {}),
         "wall_clock_s": {**clock, "total": sum(clock.values())},
-        "peak_rss_bytes": max((r["peak_rss_bytes"] for r in records.values() if "peak_rss_bytes" in r), default=None),
+        "peak_rss_bytes": max(peaks, default=None),
+        "notes": list(notes),
         "stages": records,
     }
 
 
-def git_commit() -> str | None:
-    """The commit of the sources, with `+changes` if the tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+changes" if changes.stdout.strip() else "")
+# Curves --------------------------------------------------------------------------------------------------------
+
+Points = list[tuple[float, float]]  # (tokens, value)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, and the versions that matter."""
-    import torch
+def loss_curves(records: Records, notes: list[str]) -> dict[str, tuple[Points, Points]]:
+    """Training loss and validation bits per byte of the training stages; a note for one that has none."""
+    from nanochat.train.metrics import read_metrics
 
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "memory_bytes": pages * os.sysconf("SC_PAGE_SIZE") if pages else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    curves = {}
+    for name in TRAINERS:
+        if "metrics" not in records.get(name, {}):
+            continue
+        path = base_dir() / records[name]["metrics"]
+        try:
+            steps = [step for step in read_metrics(path) if "tokens" in step]
+        except UserError as error:
+            notes.append(f"no loss curve of {name}: {error}")
+            continue
+        loss, bpb = (
+            [(step["tokens"], step[key]) for step in steps if step.get(key) is not None] for key in ("loss", "val_bpb")
+        )
+        if loss:
+            curves[name] = loss, bpb
+        else:
+            notes.append(f"no loss curve of {name}: {path} {'holds no step' if path.exists() else 'is missing'}")
+    return curves
 
 
-def plot_losses(records: dict[str, dict[str, Any]], path: Path) -> None:
-    """Training loss and validation bits per byte of the training stages, as a PNG."""
+def plot_losses(curves: dict[str, tuple[Points, Points]], path: Path) -> None:
+    """The curves side by side, as a PNG."""
+    prepare_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
-    stages = [name for name in ("base_train", "chat_sft") if "metrics" in records.get(name, {})]
-    if not stages:
-        return
-    figure = Figure(figsize=(6 * len(stages), 4), layout="constrained")
-    for place, name in enumerate(stages):
-        lines = (base_dir() / records[name]["metrics"]).read_text(encoding="utf-8").splitlines()
-        steps = [json.loads(line) for line in lines]
-        loss_axis = figure.add_subplot(1, len(stages), place + 1)
+    figure = Figure(figsize=(6 * len(curves), 4), layout="constrained")
+    for place, (name, (loss, bpb)) in enumerate(curves.items()):
+        loss_axis = figure.add_subplot(1, len(curves), place + 1)
         loss_axis.set_title(name)
         loss_axis.set_xlabel("tokens")
         loss_axis.set_ylabel("training loss (nats per token)", color="tab:blue")
-        trained = [step for step in steps if "loss" in step]
-        loss_axis.plot([s["tokens"] for s in trained], [s["loss"] for s in trained], color="tab:blue")
+        loss_axis.plot([x for x, _ in loss], [y for _, y in loss], color="tab:blue")
         bpb_axis = loss_axis.twinx()
         bpb_axis.set_ylabel("validation bits per byte", color="tab:orange")
-        evaluated = [step for step in steps if "val_bpb" in step]
-        bpb_axis.plot([s["tokens"] for s in evaluated], [s["val_bpb"] for s in evaluated], "o-", color="tab:orange")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+        bpb_axis.plot([x for x, _ in bpb], [y for _, y in bpb], "o-", color="tab:orange")
+    with atomic_write(path) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary))
 
 
 # Markdown ------------------------------------------------------------------------------------------------------
 
 
-def render_markdown(report: dict[str, Any]) -> str:
-    """report.md of a report."""
+def render_markdown(report: dict[str, Any], picture: str) -> str:
+    """report.md of a report. picture: the path of the loss curves from where it will lie; empty: there are none."""
+    source = f"commit {code(report['commit'])}" if report["commit"] else "sources outside a git checkout"
     sections = [
-        "# nanochat report",
-        f"Made {report['created']} from commit `{report['commit']}`."
-        + (f" To reproduce: `{report['command']}`." if report["command"] else ""),
+        HEADING,
+        f"Made {report['created']} from {source}."
+        + (f" To reproduce: {code(report['command'])}." if report["command"] else ""),
+        "\n".join(f"- note: {code(note)}" for note in report["notes"]),
         compression_section(report),
         abilities_section(report),
         training_section(report["stages"]),
         cost_section(report),
-        "![loss curves](loss.png)",
+        f"![loss curves]({quote(picture)})" if picture else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    """`text` as a code span, whatever it holds: control characters are escapes, the fence is longer than any in it."""
+    shown = printable(text)
+    if not shown.strip():
+        return "(nothing)"
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    space = " " if shown[0] in "` " or shown[-1] in "` " else ""
+    return f"{fence}{space}{shown}{space}{fence}"
 
 
 def compression_section(report: dict[str, Any]) -> str:
-    if report["val_bpb"] is None:
-        return ""
-    per_document = report["per_document"]
-    rows = [["this model", f"**{report['val_bpb']:.4f}**", f"{per_document['val_bpb']:.4f}"]]
-    rows += [[name, f"{bpb:.4f}", f"{per_document[name]:.4f}"] for name, bpb in report["compressors"].items()]
-    size = f"{report['held_out_bytes']:,} bytes in {report['stages']['base_loss']['documents']:,} documents"
+    title, ours, per_document = "## Held-out text, bits per byte\n\n", report["val_bpb"], report["per_document"]
+    if not report["compressors"]:
+        return f"{title}The base model: **{ours:.4f}**, on the first tokens of the text, in rows." if ours else ""
+    rows = [["this model", f"**{bits(ours)}**", bits(per_document["val_bpb"])]]
+    rows += [[name, bits(bpb), bits(per_document[name])] for name, bpb in report["compressors"].items()]
+    size = f"{report['held_out_bytes']:,} bytes in {report['stages']['compression']['documents']:,} documents"
     header = ["", "all documents together", "mean over documents"]
-    return f"## Held-out text, bits per byte\n\n{size}, every byte scored once.\n\n" + table(header, rows)
+    return f"{title}{size}, every byte scored once.\n\n" + table(header, rows)
 
 
 def abilities_section(report: dict[str, Any]) -> str:
@@ -195,18 +293,23 @@ def abilities_section(report: dict[str, Any]) -> str:
         ]
         for name, a in report["abilities"].items()
     ]
-    text = "## Abilities\n\n" + table(["", "right", "95 % interval", "questions"], rows)
+    text = (
+        "## Abilities\n\nQuestions in wordings that were held out of training, no question twice.\n\n"
+        + table(["", "right", "95 % interval", "questions"], rows)
+        + "\n\ndocs is recall: the docstrings were trained on, only the wordings of the questions were not."
+        * ("docs" in report["abilities"])
+    )
     samples = report["stages"]["chat_eval"].get("samples", [])
     quotes = [
-        f"- {sample['question']!r}\n  {'right' if sample['right'] else 'wrong'}: {sample['reply']!r}"
+        f"- {code(sample['question'])}\n  {'right' if sample['right'] else 'wrong'}: {code(sample['reply'])}"
         for sample in samples
     ]
     return text + ("\n\n" + "\n".join(quotes) if quotes else "")
 
 
-def training_section(stages: dict[str, dict[str, Any]]) -> str:
+def training_section(stages: Records) -> str:
     names = ("parameters", "steps", "tokens", "flops", "tokens_per_s", "val_bpb")
-    trained = [stage for stage in ("base_train", "chat_sft") if stage in stages]
+    trained = [stage for stage in TRAINERS if stage in stages]
     if not trained:
         return ""
     rows = [[name.replace("_", " "), *(format_number(stages[s].get(name)) for s in trained)] for name in names]
@@ -214,12 +317,24 @@ def training_section(stages: dict[str, dict[str, Any]]) -> str:
 
 
 def cost_section(report: dict[str, Any]) -> str:
-    rows = [[name, f"{seconds:,.0f} s"] for name, seconds in report["wall_clock_s"].items()]
-    machine = report["machine"]
-    lines = [f"- {name}: {value}" for name, value in machine.items() if value]
-    peak = report["peak_rss_bytes"]
-    memory = f"\n\nPeak memory of a process: {peak / 2**30:.2f} GiB." if peak else ""
-    return "## Wall clock\n\n" + table(["stage", "time"], rows) + memory + "\n\n## Machine\n\n" + "\n".join(lines)
+    peaks = {name: stage.get("peak_rss_bytes") for name, stage in report["stages"].items()}
+    peaks["total"] = report["peak_rss_bytes"]
+    rows = [
+        [name, f"{seconds:,.0f} s", f"{peaks[name] / 2**30:.2f} GiB" if peaks[name] else "-"]
+        for name, seconds in report["wall_clock_s"].items()
+    ]
+    memory = (
+        "Peak memory: the resident sets of a stage's process and of all that it started, added up; looked at twice a "
+        "second, and what several of them share counts for each. In the last line, the largest of the stages."
+    )
+    lines = [f"- {name}: {value}" for name, value in report["machine"].items() if value]
+    costs = table(["stage", "time", "peak memory"], rows)
+    return f"## Time and memory\n\n{costs}\n\n{memory}\n\n## Machine\n\n" + "\n".join(lines)
+
+
+def bits(value: float | None) -> str:
+    """Bits per byte; a model that is broken has none."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def format_number(value: float | None) -> str:

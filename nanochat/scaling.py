@@ -271,6 +271,7 @@ def sft_plan(num_steps: int, total_batch_tokens: int, width: int, laws: str = "n
         width_scale=(width / REFERENCE_WIDTH) ** -0.5,
         weight_decay=0.0,
         schedule=SFT_SCHEDULE,
+        fit_short_runs=LAWS[laws].fit_short_runs,
     )
 
 

@@ -3,79 +3,96 @@
 #
 #     bash runs/runcpu.sh             the main job: a quarter of an hour on two cores. Text: the library of the
 #                                     Python that runs it; conversations: made by our own code
-#     bash runs/runcpu.sh --smoke     depth 2 in about two minutes: shows that everything works
-#     bash runs/runcpu.sh --english   the main job on real English text and conversations
+#     bash runs/runcpu.sh --smoke     the same at depth 2 in about two minutes: shows that everything works
+#     bash runs/runcpu.sh --english   the same at depth 4 on the text and the conversations in the folders pretrain/ and
+#                                     sft/ of $NANOCHAT_TEST_DATA (default ../shared/data)
 #
-# --smoke and --english read the folders pretrain/ and sft/ of $NANOCHAT_TEST_DATA (default ../shared/data).
 # Interrupted and run again, it continues where it was. Results go to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat):
-# the main job's there, the others' in its folders smoke/ and english/.
+# the main job's there, the others' in its folders smoke/ and english/; models bear the tag "main".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Freed memory is kept: on a virtual machine page faults were a tenth of the time of training.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 
-base="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-data="${NANOCHAT_TEST_DATA:-../shared/data}"
-tok=(--depth=4 --doc-cap=1000000 --max-chars=50000000) pretrain="$data/pretrain" sft="$data/sft"
-main=(--depth=4 --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --time-budget=450 --eval-every=150)
-chat=(--time-budget=290 --eval-every=200)
+[ -n "${NANOCHAT_BASE_DIR:-}${HOME:-}" ] || { echo "error: neither HOME nor NANOCHAT_BASE_DIR is set" >&2; exit 2; }
+base="${NANOCHAT_BASE_DIR:-${HOME:-}/.cache/nanochat}"
+text=stdlib conversations=abilities
+tok=(--vocab-size=2048 --doc-cap=1000000 --max-chars=50000000)
+main=(--depth=4 --head-dim=64 --max-seq-len=512 --total-batch-size=4096 --time-budget=300 --eval-every=150)
+chat=(--total-batch-size=2048 --time-budget=440 --eval-every=400 --num-generated=60000)
+loss=(--compare-compressors) questions=500
+seconds=(30 5 320 45 465 25 5 10) # what each stage takes on two cores
 [ "$#" -le 1 ] || { echo "error: $2: unknown argument; use --smoke, --english, --help or none" >&2; exit 2; }
 case "${1:-}" in
-    "") pretrain=stdlib sft=abilities ;;
-    --english) base="$base/english" ;;
-    --smoke)
-        base="$base/smoke" tok=(--depth=2 --max-chars=4000000)
-        main=(--depth=2 --head-dim=64 --max-seq-len=256 --total-batch-size=4096 --num-iterations=200 --eval-every=50)
-        chat=(--num-iterations=80 --eval-every=50)
+    "") ;;
+    --english)
+        data="${NANOCHAT_TEST_DATA:-../shared/data}"
+        base="$base/english" text="$data/pretrain" conversations="$data/sft"
+        tok=(--depth=4 --max-chars=50000000)
+        chat=(--total-batch-size=4096 --time-budget=440 --eval-every=200)
+        loss+=(--split-tokens=400000)
+        seconds=(30 30 330 45 480 0 5 5)
+        for folder in "$text" "$conversations"; do
+            [ -d "$folder" ] || {
+                echo "error: $folder: no such folder; set NANOCHAT_TEST_DATA to one that has pretrain/ and sft/" >&2
+                exit 2
+            }
+        done
         ;;
-    --help | -h) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --smoke)
+        base="$base/smoke"
+        main=(--depth=2 --head-dim=64 --max-seq-len=256 --total-batch-size=4096 --num-iterations=120 --eval-every=60)
+        chat=(--num-iterations=80 --eval-every=40 --num-generated=5000)
+        loss=(--split-tokens=65536) questions=50
+        seconds=(30 5 30 5 25 15 5 10)
+        ;;
+    --help | -h) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: $1: unknown argument; use --smoke, --english, --help or none" >&2; exit 2 ;;
 esac
-for folder in "$pretrain" "$sft"; do
-    case "$folder" in stdlib | abilities) continue ;; esac
-    [ -d "$folder" ] || {
-        echo "error: $folder: no such folder; set NANOCHAT_TEST_DATA to a folder that has pretrain/ and sft/" >&2
-        exit 2
-    }
-done
 export NANOCHAT_BASE_DIR="$base"
 
-stage() { printf '\n[%ds] %s\n' "$SECONDS" "$1"; }
+number=0
+stage() {
+    local left=0 one
+    for one in "${seconds[@]:number}"; do left=$((left + one)); done
+    number=$((number + 1))
+    printf '\n[%ds, about %d min left] %d/%d %s\n' "$SECONDS" $(((left + 59) / 60)) "$number" "${#seconds[@]}" "$1"
+}
 
-stage "1/8 set-up"
+stage "set-up"
 bash runs/setup.sh
 setup_seconds=$SECONDS
 python=.venv/bin/python
 
-stage "2/8 tokenizer"
-$python -m scripts.tok_train --data-dir="$pretrain" "${tok[@]}" --if-missing
+stage "tokenizer"
+$python -m scripts.tok_train --data-dir="$text" "${tok[@]}" --if-missing
 
-stage "3/8 base model"
-$python -m scripts.base_train --data-dir="$pretrain" "${main[@]}" --eval-tokens=32768 --save-every=50 --resume=auto
+stage "base model"
+$python -m scripts.base_train --data-dir="$text" --model-tag=main "${main[@]}" --eval-tokens=32768 --save-every=50 \
+    --resume=auto
 
-stage "4/8 bits per byte of the base model"
-if [ "$pretrain" = stdlib ]; then
-    $python -m scripts.base_loss --data-dir="$pretrain" --compare-compressors
-else
-    $python -m scripts.base_loss --data-dir="$pretrain" --split-tokens=65536
-fi
+stage "bits per byte of the base model"
+$python -m scripts.base_loss --data-dir="$text" --model-tag=main "${loss[@]}"
 
-stage "5/8 fine-tuning on conversations"
-$python -m scripts.chat_sft --data="$sft" "${chat[@]}" --eval-tokens=32768 --save-every=50 --resume=auto
+stage "fine-tuning on conversations"
+$python -m scripts.chat_sft --data="$conversations" --base-tag=main --model-tag=main "${chat[@]}" --eval-tokens=32768 \
+    --save-every=100 --resume=auto
 
-stage "6/8 held-out questions"
-if [ "$sft" = abilities ]; then
-    $python -m scripts.chat_eval
+stage "held-out questions"
+if [ "$conversations" = abilities ]; then
+    $python -m scripts.chat_eval --model-tag=main --max-problems="$questions"
 else
     echo "none: these conversations have no questions whose answers can be judged"
 fi
 
-stage "7/8 report"
+stage "report"
 $python -m nanochat.report generate --command="bash runs/runcpu.sh${1:+ $1}" --setup-seconds="$setup_seconds"
 
-stage "8/8 an answer"
-$python -m scripts.chat_cli -p "Hello! Who are you?" --max-tokens=64
-if [ "$sft" = abilities ]; then $python -m scripts.chat_cli -p "What is 37*24?" --max-tokens=64; fi
+stage "an answer"
+$python -m scripts.chat_cli --model-tag=main -p "Hello! Who are you?" --max-tokens=64
+if [ "$conversations" = abilities ]; then
+    $python -m scripts.chat_cli --model-tag=main -p "What is 37*24?" --max-tokens=64
+fi
 
 printf '\ndone in %d seconds; talk to it with\n' "$SECONDS"
-echo "    NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR $python -m scripts.chat_cli"
+printf '    NANOCHAT_BASE_DIR=%q %s -m scripts.chat_cli --model-tag=main\n' "$NANOCHAT_BASE_DIR" "$python"

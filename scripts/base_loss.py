@@ -6,20 +6,16 @@
     python -m scripts.base_loss --compare-compressors        # the validation text alone, beside xz -9 and zstd -19
 
 The tokens are the first of each split, every one scored once; beside compressors, documents stay whole. The last line
-of the output is JSON.
+of the output is JSON, and both ways leave a record for the report: base_loss and compression.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from nanochat import cli
-from nanochat.common import prepare_process, print0, record_stage
-
-if TYPE_CHECKING:
-    from nanochat.dataset import Split
-    from nanochat.tokenizer import Tokenizer
+from nanochat.common import launch_ranks, prepare_process, print0, record_stage, show_progress, to_json
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -32,7 +28,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         "--compare-compressors", "score whole validation documents, with overlapping windows, beside xz and zstd"
     )
     cli.add_device_flags(parser)
+    parser.check(_compares_alone)
     return parser.parse(argv)
+
+
+def _compares_alone(args: Namespace) -> str | None:
+    several = args.compare_compressors and launch_ranks()[1] > 1
+    return "--compare-compressors: the work of one process; start it without torchrun" if several else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,39 +50,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = open_corpus(cli.data_folder(args))
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
     tokenizer = checkpoint.tokenizer()
-    with runtime(args.device_type) as rt, record_stage("base_loss") as record:
+    stage = "compression" if args.compare_compressors else "base_loss"
+    with runtime(args.device_type) as rt, record_stage(stage) as record:
         model = checkpoint.build_model(rt.device, rt.dtype)
         result: dict[str, Any] = {"model": str(checkpoint.folder), "step": checkpoint.step}
         if args.compare_compressors:
-            result |= compare_compressors(model, tokenizer, first_documents(corpus.val, tokenizer, args.split_tokens))
-            record.update(result)
+            documents, rows = corpus.val.documents(), args.device_batch_size
+            on_progress = partial(show_progress, "windows scored")
+            result |= compare_compressors(model, tokenizer, documents, args.split_tokens, rows, on_progress)
             print0(f"val bpb {result['val_bpb']:.4f} on {result['bytes']:,} bytes; {result['compressors']}")
-            print0(json.dumps(result))
-            return
-        for name, split in (("train", corpus.train), ("val", corpus.val)):
-            batches = validation_batches(
-                split,
-                tokenizer,
-                args.device_batch_size,
-                checkpoint.config.sequence_len,
-                args.split_tokens,
-                rt.rank,
-                rt.world_size,
-            )
-            result[f"{name}_bpb"] = bpb = evaluate_bpb(model, batches, tokenizer.token_bytes, rt)
-            print0(f"{name} bpb {bpb:.4f}")
-        print0(json.dumps(result))
-
-
-def first_documents(split: "Split", tokenizer: "Tokenizer", num_tokens: int) -> list[str]:
-    """As many documents, from the first on, as it takes to have `num_tokens` tokens."""
-    documents: list[str] = []
-    for document in split.documents():
-        if num_tokens <= 0:
-            break
-        documents.append(document)
-        num_tokens -= len(tokenizer.encode(document))
-    return documents
+        else:
+            for name, split in (("train", corpus.train), ("val", corpus.val)):
+                batches = validation_batches(
+                    split,
+                    tokenizer,
+                    args.device_batch_size,
+                    checkpoint.config.sequence_len,
+                    args.split_tokens,
+                    rt.rank,
+                    rt.world_size,
+                )
+                result[f"{name}_bpb"] = bpb = evaluate_bpb(model, batches, tokenizer.token_bytes, rt)
+                print0(f"{name} bpb {bpb:.4f}")
+        record.update(result, flags=vars(args))
+        print0(to_json(result))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
 
         # The run: everything that a checkpoint brings back
-        run = Run.open("base", cli.run_tag(args, f"d{args.depth}"), args, rt)
+        inputs = {"text": corpus.train.fingerprint(), "tokenizer": tokenizer.fingerprint}
+        run = Run.open("base", cli.run_tag(args, f"d{args.depth}"), args, rt, inputs)
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return

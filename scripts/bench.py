@@ -7,16 +7,16 @@
     python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --seeds=3
 
 train        optimizer steps on random tokens: tokens/s, FLOP/s, share of the machine's matmul peak
-loader       packed batches from text: tokens/s, share of places that hold real tokens, share of tokens kept
+loader       packed batches from text, whole windows: tokens/s, share of places with real tokens, share of tokens kept
 tokenizer    training and encoding in MB/s, decoding in tokens/s, bytes per token of the validation text
 decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt
 time-to-bpb  scripts.base_train for --budget seconds in a fresh base folder, once per seed: bits per byte over time
 
 core and serve are not there yet. Rates are the median, the smallest and the largest of --repeats. The peak is measured
-before and after: where the two differ, other programs had the processor too, and only ratios within one run compare.
+before and after, in the dtype that training computes in: where the two differ, other programs had the processor too,
+and only ratios within one run compare.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -25,19 +25,19 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat import cli, scaling
-from nanochat.common import UserError, peak_rss_bytes, prepare_process, print0
+from nanochat.common import UserError, prepare_process, print0, read_record, to_json
+from nanochat.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from nanochat.config import ModelConfig
     from nanochat.parallel import Runtime
 
 MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb")
-PLANNED = ("core", "serve")
 DECODE_BATCHES = (1, 4, 16)
 ENCODE_THREADS = (1, 2)
 CURVE = ("step", "tokens", "train_s", "elapsed_s", "loss", "val_bpb")  # of a metrics record
@@ -46,7 +46,7 @@ CURVE = ("step", "tokens", "train_s", "elapsed_s", "loss", "val_bpb")  # of a me
 def mode(text: str) -> str:
     """A part that can be measured."""
     if text not in MODES:
-        raise ValueError(f"{'not there yet; ' if text in PLANNED else ''}choose one of {', '.join(MODES)}")
+        raise ValueError(f"choose one of {', '.join(MODES)}")
     return text
 
 
@@ -83,7 +83,6 @@ FLAGS = {
     "repeats": Flag(cli.positive_int, 5, "measurements, after one that does not count", REPEATED),
     "data_dir": Flag(str, "", "parquet, jsonl or txt file, folder of them, or stdlib", TEXT),
     "max_chars": Flag(cli.positive_int, 16_000_000, "characters of each side to work on", ("loader", "tokenizer")),
-    "batches": Flag(cli.positive_int, 100, "batches in a measurement", ("loader",)),
     "prompt_tokens": Flag(cli.positive_int, 32, "tokens of the prompts that are continued", ("decode",)),
     "new_tokens": Flag(cli.number_between(2, 10**6, whole=True), 64, "tokens to decode per prompt", ("decode",)),
     "long_prompt_tokens": Flag(cli.positive_int, 512, "tokens of the prompt whose first answer is timed", ("decode",)),
@@ -98,7 +97,7 @@ FLAGS = {
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """The flags that the chosen mode reads, with their defaults."""
     parser = cli.Parser(__doc__)
-    parser.flag("--only", mode, None, "what to measure; core and serve are not there yet")
+    parser.flag("--only", mode, None, "what to measure")
     for name, flag in FLAGS.items():
         default = "" if flag.default in (None, "", []) else f"; default {flag.default}"
         readers = "" if flag.modes == MODES else f" ({', '.join(flag.modes)}{default})"
@@ -133,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process(args.offline)
     import torch
 
-    from nanochat.evals.machine import matmul_peak_flops
+    from nanochat.machine import cpu_seconds, describe_machine, git_commit, matmul_peak_flops
     from nanochat.parallel import runtime
-    from nanochat.report import describe_machine, git_commit
 
     measure = {
         "train": bench_train,
@@ -148,15 +146,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if rt.world_size > 1:
             raise UserError(f"{rt.world_size} ranks: scripts.bench measures one process; start it without torchrun")
 
+        dtype = str(rt.dtype).removeprefix("torch.")
+
         def peak_gflops(when: str) -> float:
-            peak = matmul_peak_flops(rt.device, torch.float32, args.peak_seconds) / 1e9
-            print0(f"matmul peak {when}: {peak:,.1f} GFLOP/s, float32, {torch.get_num_threads()} threads")
+            peak = matmul_peak_flops(rt, args.peak_seconds) / 1e9
+            print0(f"matmul peak {when}: {peak:,.1f} GFLOP/s, {dtype}, {torch.get_num_threads()} threads")
             return peak
 
         peak = {"before": peak_gflops("before")}
-        began, cpu_began = time.perf_counter(), time.process_time()
+        began, cpu_began = time.perf_counter(), cpu_seconds()
         figures = measure(args, rt)
-        clocks = {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
+        clocks = {"wall_s": time.perf_counter() - began, "cpu_s": cpu_seconds() - cpu_began}
         peak["after"] = peak_gflops("after")
         if "flops_per_s" in figures:
             best = 1e9 * max(peak.values())
@@ -165,15 +165,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             "bench": args.only,
             "figures": figures,
             "matmul_peak_gflops": peak,
+            "matmul_peak_dtype": dtype,
             "flags": vars(args),
             "threads": torch.get_num_threads(),
             "device": rt.describe(),
             "machine": describe_machine(),
             "commit": git_commit(),
             **clocks,
-            "peak_rss_bytes": peak_rss_bytes(),
+            # time-to-bpb's runs are processes of their own; everything else happens in this one
+            "peak_rss_bytes": max((run["peak_rss_bytes"] for run in figures.get("runs", [])), default=peak_rss_bytes()),
         }
-    print0(json.dumps(result))
+    print0(to_json(result))
 
 
 # Training ------------------------------------------------------------------------------------------------------
@@ -189,8 +191,8 @@ def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """Whole optimizer steps of one batch: forward, backward, update."""
     import torch
 
-    from nanochat.evals.machine import spread, timed
     from nanochat.loader import Batch
+    from nanochat.machine import spread, timed
     from nanochat.model.gpt import build_model
     from nanochat.optim import MuonAdamW
     from nanochat.train.step import train_step
@@ -235,55 +237,52 @@ def beginning(documents: Iterable[str], max_chars: int) -> Iterator[str]:
 
 
 def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
-    """Batches as training gets them: reading, tokenising on two threads, packing."""
+    """Batches as training gets them: reading, tokenising on two threads, packing.
+
+    A loader packs a whole window of rows when its first batch is asked for, and then only hands them out. So every
+    measurement takes a fresh loader and draws its first window to the end.
+    """
     from nanochat.dataset import open_corpus
-    from nanochat.evals.machine import spread, timed
+    from nanochat.evals.speed import first_window, kept_frac
     from nanochat.loader import PretrainLoader
+    from nanochat.machine import spread, timed
     from nanochat.tokenizer import Tokenizer
 
     corpus = open_corpus(cli.data_folder(args))
     print0(f"data: {corpus.describe()}")
     tokenizer = Tokenizer.train(beginning(corpus.train.documents(), args.max_chars), args.vocab_size)
     rows, length = args.device_batch_size, args.max_seq_len
-    began = time.perf_counter()
-    loader = PretrainLoader(corpus.train, tokenizer, rows, length, seed=args.seed)
-    targets = next(loader).num_targets()
-    first_batch_s = time.perf_counter() - began
-    num_batches = 1
+
+    def fresh() -> PretrainLoader:
+        return PretrainLoader(corpus.train, tokenizer, rows, length, seed=args.seed)
+
+    num_batches, targets, state = first_window(fresh())
+    first_s = []
 
     def draw() -> None:
-        nonlocal targets, num_batches
-        for batch in islice(loader, args.batches):
-            targets += batch.num_targets()
-            num_batches += 1
+        began = time.perf_counter()
+        loader = fresh()
+        next(loader)
+        first_s.append(time.perf_counter() - began)
+        for _ in range(num_batches - 1):
+            next(loader)
 
-    seconds = timed(f"{args.batches} batches", draw, args.repeats)[1:]
+    seconds = timed(f"{num_batches} batches", draw, args.repeats)[1:]
     num_rows = num_batches * rows
-    state = loader.state()
     return {
-        "tokens_per_s": spread([args.batches * rows * length / s for s in seconds]),
-        "first_batch_s": first_batch_s,
+        "tokens_per_s": spread([targets / s for s in seconds]),
+        "first_batch_s": spread(first_s[1:]),
         "real_places_frac": (targets + num_rows) / (num_rows * (length + 1)),  # a row's first token is no target
         "tokens_kept_frac": kept_frac(state),
-        "tokens": num_rows * length,
-        "epochs": loader.epoch,
+        "tokens": targets,
+        "batches": num_batches,
     }
-
-
-def kept_frac(state: dict[str, Any]) -> float:
-    """Of the tokens that had left a loader's buffer when its window of rows began, the share that went into rows.
-
-    state: the loader's. In the first window nothing has left yet, so nothing is lost.
-    """
-    waiting = int(state["packer_lengths"].sum() - state["packer_is_part"].sum())  # a part begins with an added BOS
-    gone = int(state["packer_tokens_in"]) - waiting
-    return int(state["packer_tokens_kept"]) / gone if gone else 1.0
 
 
 def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """Learning the vocabulary from the train side; encoding and decoding the validation side."""
     from nanochat.dataset import open_corpus
-    from nanochat.evals.machine import spread, timed
+    from nanochat.machine import spread, timed
     from nanochat.tokenizer import Tokenizer, replace_surrogates
 
     corpus = open_corpus(cli.data_folder(args))
@@ -293,8 +292,9 @@ def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
         for split in (corpus.train, corpus.val)
     )
     train_mb, val_mb = (sum(len(text.encode()) for text in texts) / 1e6 for texts in (train, val))
-    train_s = timed("training", lambda: Tokenizer.train(train, args.vocab_size), args.repeats)[1:]
-    tokenizer = Tokenizer.train(train, args.vocab_size)
+    trained: list[Tokenizer] = []
+    train_s = timed("training", lambda: trained.append(Tokenizer.train(train, args.vocab_size)), args.repeats)[1:]
+    tokenizer = trained[-1]
     encode_mb_per_s = {}
     for threads in ENCODE_THREADS:
         name, encode = f"encoding, {threads} threads", lambda n=threads: tokenizer.encode_batch(val, num_threads=n)
@@ -321,7 +321,8 @@ def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     import torch
 
     from nanochat.engine import Engine, Sampling
-    from nanochat.evals.machine import decode_seconds, spread, timed
+    from nanochat.evals.speed import decode_seconds
+    from nanochat.machine import repeated, spread, timed
     from nanochat.model.gpt import build_model
 
     longest = max(args.prompt_tokens + args.new_tokens, args.long_prompt_tokens + 1)
@@ -335,12 +336,12 @@ def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 
     tokens_per_s = {}
     for batch in DECODE_BATCHES:
-        rates = []
-        for turn in range(args.repeats + 1):
-            seconds = decode_seconds(engine, prompts(batch, args.prompt_tokens), args.new_tokens, sampling)
-            rates.append(batch * (args.new_tokens - 1) / seconds)
-            print0(f"batch {batch} {f'{turn}/{args.repeats}' if turn else 'warm-up'}: {rates[-1]:,.0f} tokens/s")
-        tokens_per_s[str(batch)] = spread(rates[1:])
+
+        def seconds_of(batch: int = batch) -> float:
+            return decode_seconds(engine, prompts(batch, args.prompt_tokens), args.new_tokens, sampling)
+
+        seconds = repeated(f"batch {batch}", seconds_of, args.repeats)[1:]
+        tokens_per_s[str(batch)] = spread([batch * (args.new_tokens - 1) / s for s in seconds])
     long_prompts = iter(prompts(args.repeats + 1, args.long_prompt_tokens))
     first_s = timed("first token", lambda: list(engine.generate(next(long_prompts), 1)), args.repeats)[1:]
     return {
@@ -357,7 +358,7 @@ def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 
 def bench_time_to_bpb(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """The recipes as a user starts them, each run a process of its own, in a base folder that is removed again."""
-    from nanochat.evals.machine import spread
+    from nanochat.machine import spread
 
     data = [f"--data-dir={cli.data_folder(args)}", *(["--offline"] if args.offline else [])]
     with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as name:
@@ -369,13 +370,14 @@ def bench_time_to_bpb(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 
 def train_once(base: Path, args: Namespace, seed: int, data: list[str]) -> dict[str, Any]:
     """One seed: what its stage record and its metrics say."""
+    from nanochat.train.metrics import read_metrics
+
     flags = [*data, f"--seed={seed}", f"--model-tag=seed{seed}", f"--time-budget={args.budget}"]
     same = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "eval_every", "eval_tokens", "device_type")
     flags += [f"{_spelled(name)}={getattr(args, name)}" for name in same]
     wall_s = run_recipe(base, "base_train", *flags, *args.train_flags)
-    record = json.loads((base / "report" / "stages" / "base_train.json").read_text(encoding="utf-8"))
-    lines = (base / record["metrics"]).read_text(encoding="utf-8").splitlines()
-    evaluated = [metrics for metrics in map(json.loads, lines) if "val_bpb" in metrics]
+    record = read_record(base / "report" / "stages" / "base_train.json")
+    evaluated = [metrics for metrics in read_metrics(base / record["metrics"]) if "val_bpb" in metrics]
     kept = ("val_bpb", "steps", "tokens", "train_s", "tokens_per_s", "peak_rss_bytes")
     curve = [{key: metrics[key] for key in CURVE if key in metrics} for metrics in evaluated]
     return {"seed": seed, **{key: record[key] for key in kept}, "wall_s": wall_s, "over_time": curve}

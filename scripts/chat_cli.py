@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nanochat import cli
-from nanochat.common import UserError, prepare_process
+from nanochat.common import prepare_process
+from nanochat.serve.limits import MAX_TEMPERATURE, Defaults
 
 if TYPE_CHECKING:
     from nanochat.chat import Message, Part, ReplyReader
@@ -26,8 +27,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_choice_flags(parser, default="sft")
     parser.flag("--prompt", cli.some_text, None, "answer this once and leave", "-p")
-    parser.flag("--temperature", cli.number_between(0, 2), 0.6, "0 always takes the likeliest token", "-t")
-    parser.flag("--top-k", cli.non_negative_int, 50, "sample among the k likeliest tokens, 0 among all", "-k")
+    temperature, known = cli.number_between(0, MAX_TEMPERATURE), Defaults()
+    parser.flag("--temperature", temperature, known.temperature, "0 always takes the likeliest token", "-t")
+    parser.flag("--top-k", cli.non_negative_int, known.top_k, "sample among the k likeliest tokens, 0 among all", "-k")
     parser.flag("--max-tokens", cli.positive_int, 256, "longest answer in tokens", "-m")
     cli.add_device_flags(parser)
     return parser.parse(argv)
@@ -114,11 +116,9 @@ def answer(
 
 def fitting_prompt(tokenizer: "Tokenizer", messages: "list[Message]", context: int, max_tokens: int) -> list[int]:
     """The conversation's ids, shortened so that the answer has room: as much as it may want, or half of the context."""
-    from nanochat.chat import SHORTEST_PROMPT, render_for_completion
+    from nanochat.chat import prompt_room, render_for_completion
 
-    if context <= SHORTEST_PROMPT:
-        raise UserError(f"the model's context of {context} tokens is too short to chat; --source=base continues a text")
-    room = max(SHORTEST_PROMPT, context // 2, context - max_tokens)
+    room = prompt_room(context, max_tokens)
     prompt = render_for_completion(tokenizer, {"messages": messages}, sys.maxsize)
     if len(prompt) > room:
         tell_shortened(len(prompt), room)
@@ -131,9 +131,12 @@ def tell_shortened(num_tokens: int, room: int) -> None:
 
 
 class PartPrinter:
-    """Prints message parts as they grow: text as it is, a tool call and its output as [37*24] [= 888]."""
+    """Prints message parts as they grow: text as it is (but no escape sequences), tool calls as [37*24] [= 888]."""
 
     def __init__(self) -> None:
+        from nanochat.chat import terminal_text
+
+        self._shown = terminal_text
         self._kind = "text"
         self._openings = {"text": "", "python": "[", "python_output": "[= "}
 
@@ -143,7 +146,7 @@ class PartPrinter:
                 self._close()
                 self._kind = part["type"]
                 print(self._openings[self._kind], end="")
-            print(part["text"], end="", flush=True)
+            print(self._shown(part["text"]), end="", flush=True)
 
     def end(self) -> None:
         self._close()
@@ -157,10 +160,9 @@ class PartPrinter:
 
 def continue_text(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling: "Sampling") -> None:
     """Print --prompt (or nothing) and what a base model writes after it; of a long prompt it reads the end."""
-    from nanochat.chat import TextStream
+    from nanochat.chat import TextStream, prompt_room, terminal_text
 
-    context = engine.model.config.sequence_len
-    room = max(context // 2, context - args.max_tokens)
+    room = prompt_room(engine.model.config.sequence_len, args.max_tokens, shortest=1)
     prompt = tokenizer.encode(args.prompt or "", prepend=tokenizer.bos)
     if len(prompt) > room:
         tell_shortened(len(prompt), room)
@@ -168,7 +170,7 @@ def continue_text(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sam
     stream = TextStream(tokenizer)
     print(args.prompt or "", end="", flush=True)
     for token in engine.generate(prompt, args.max_tokens, sampling):
-        print(stream.push(token.token_id), end="", flush=True)
+        print(terminal_text(stream.push(token.token_id)), end="", flush=True)
     print(stream.flush(), flush=True)
 
 

@@ -15,19 +15,27 @@ from collections.abc import Sequence
 from nanochat import cli
 from nanochat.common import prepare_process, print0, record_stage
 
+NUM_GENERATED, NUM_GENERATED_VAL = 40_000, 500
+
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     parser.flag("--data", str, "abilities", "jsonl of conversations, a folder of them, or abilities: generated ones")
-    parser.flag("--num-generated", cli.positive_int, 40_000, "how many conversations --data=abilities makes")
+    parser.flag("--num-generated", cli.positive_int, None, "how many --data=abilities makes; else 40,000")
     parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
-    parser.flag("--num-epochs", cli.positive_float, 1.0, "passes over the conversations")
+    parser.flag("--num-epochs", cli.positive_float, None, "passes over the conversations; else one")
     parser.flag("--time-budget", cli.positive_float, None, "seconds of training time, instead of epochs or steps")
     cli.add_plan_flags(parser, eval_every=200, save_every=200)
     cli.add_run_flags(parser)
     parser.check(
-        lambda args: None if args.data else "--data: not given; name a jsonl file of conversations or a folder"
+        lambda args: None if args.data else "--data: not given; name a jsonl file of conversations, a folder, abilities"
+    )
+    parser.check(lambda args: cli.at_most_one(args, ("num_iterations", "time_budget", "num_epochs")))
+    parser.check(
+        lambda args: (
+            "--num-generated: only for --data=abilities" if args.num_generated and args.data != "abilities" else None
+        )
     )
     return parser.parse(argv)
 
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tasks.common import hold_out, load_conversations
 
     if args.data == "abilities":
-        train_set, val_set = mixture(args.num_generated), mixture(500, split="val")
+        train_set, val_set = mixture(args.num_generated or NUM_GENERATED), mixture(NUM_GENERATED_VAL, split="val")
     else:
         train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
@@ -65,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         val_loader = ConversationLoader(val_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size)
         num_steps = args.num_iterations or max(
-            1, round(args.num_epochs * loader.num_rows / (rows_per_step * rt.world_size))
+            1, round((args.num_epochs or 1.0) * loader.num_rows / (rows_per_step * rt.world_size))
         )
         plan = sft_plan(num_steps, batch_tokens, config.n_embd, inherited["laws"])
 
-        run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt)
+        inputs = {"base model": base.fingerprint, "set of conversations": loader.fingerprint}
+        run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt, inputs)
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
@@ -81,13 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         loss_fn = rt.compile(model.loss, args.compile)
+        steps = f"{num_steps:,}" if args.time_budget is None else f"as many as {args.time_budget:g} s allow"
         cli.report(
             {
                 "base model": (str(base.folder), bool(args.base_tag)),
                 "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
                 "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
                 "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
-                "steps": (f"{num_steps:,}", args.num_iterations is not None),
+                "steps": (steps, args.num_iterations is not None),
                 "device": (rt.describe(), bool(args.device_type)),
             }
         )

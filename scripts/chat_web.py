@@ -5,7 +5,8 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
 
-Only this computer can reach it unless --host says otherwise. Needs the extra `serve` (bash runs/setup.sh serve).
+Only this computer can reach it unless --host says otherwise. Others may then call it by its address, its own name, or
+the name that --host gives. Needs the extra `serve` (bash runs/setup.sh serve).
 When a conversation outgrows the context, its oldest turns are forgotten first.
 """
 
@@ -19,8 +20,8 @@ from importlib.util import find_spec
 
 from nanochat import cli
 from nanochat.common import UserError, prepare_process, print0
+from nanochat.serve.limits import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("", "0.0.0.0", "::")
 
 
@@ -29,9 +30,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.add_model_choice_flags(parser, default="sft")
     parser.flag("--port", cli.number_between(0, 65535, whole=True), 8000, "port; 0 takes any free one", "-p")
     parser.flag("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
-    parser.flag("--temperature", cli.number_between(0, 2), 0.6, "where a request does not say", "-t")
-    parser.flag("--top-k", cli.number_between(0, 200, whole=True), 50, "where a request does not say; 0: off", "-k")
-    parser.flag("--max-tokens", cli.number_between(1, 4096, whole=True), 512, "where a request does not say", "-m")
+    temperature, top_k = cli.number_between(0, MAX_TEMPERATURE), cli.number_between(0, MAX_TOP_K, whole=True)
+    max_tokens, known = cli.number_between(1, MAX_TOKENS, whole=True), Defaults()
+    parser.flag("--temperature", temperature, known.temperature, "where a request does not say", "-t")
+    parser.flag("--top-k", top_k, known.top_k, "where a request does not say; 0: off", "-k")
+    parser.flag("--max-tokens", max_tokens, known.max_tokens, "where a request does not say", "-m")
     cli.add_device_flags(parser)
     return parser.parse(argv)
 
@@ -57,8 +60,7 @@ def serve(args: Namespace, listener: socket.socket) -> None:
     from nanochat.engine import Engine
     from nanochat.parallel import runtime
     from nanochat.serve.app import create_server
-    from nanochat.serve.guard import LOCAL_NAMES
-    from nanochat.serve.requests import Defaults
+    from nanochat.serve.guard import is_loopback
     from nanochat.serve.workers import Workers
 
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
@@ -70,10 +72,9 @@ def serve(args: Namespace, listener: socket.socket) -> None:
         engine = Engine(model, stop_ids=[tokenizer.bos, tokenizer.special("<|assistant_end|>")])
         name = f"{args.source}-{checkpoint.folder.parent.name}"
         defaults = Defaults(name, args.temperature, args.top_k, args.max_tokens, args.seed)
-        hosts = LOCAL_NAMES if args.host in LOOPBACK else ()
-        server = create_server(Workers([engine], tokenizer), defaults, hosts)
+        server = create_server(Workers([engine], tokenizer), defaults, names=[args.host])
         print0(f"{name}, step {checkpoint.step}, on {rt.describe()}")
-        if args.host not in LOOPBACK:
+        if not is_loopback(listener.getsockname()[0]):
             print0(f"warning: --host={args.host}: everybody who can reach this machine can use the model; no passwords")
         print0(f"talk to it at {address(args.host, listener)}  (Ctrl-C stops it)")
         server.run(sockets=[listener])

@@ -64,9 +64,12 @@ def main(argv: list[str] | None = None) -> None:
         if not args.if_missing:
             raise UserError(f"{file} exists already; --overwrite replaces it, --if-missing keeps it")
         size = Tokenizer.load(file).vocab_size
-        print0(f"{file} exists and is kept ({size:,} ids)")
         if size != vocab_size:
-            print0(f"note: {vocab_size:,} ids were asked for; --overwrite trains such a tokenizer")
+            raise UserError(
+                f"{file}: has {size:,} ids, and {vocab_size:,} were asked for; give --vocab-size={size}, set "
+                "NANOCHAT_BASE_DIR to another folder, or replace it with --overwrite (models keep their own copy)"
+            )
+        print0(f"{file} exists and is kept ({size:,} ids)")
         return
     check_writable(file)
     corpus = open_corpus(data_folder(args))

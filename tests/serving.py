@@ -1,12 +1,16 @@
-"""A real server for the tests: a tiny model that has learned a few conversations by heart, behind uvicorn."""
+"""A real server for the tests: a tiny model that has learned a few conversations by heart; and clients."""
 
 import functools
+import http.client
+import json
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +21,13 @@ from nanochat.config import ModelConfig
 from nanochat.engine import Engine
 from nanochat.model.gpt import build_model
 from nanochat.serve.app import create_server
-from nanochat.serve.requests import Defaults
+from nanochat.serve.limits import Defaults
 from nanochat.serve.workers import Workers
 from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
 UNICODE = "Grüße, 你好, привет und 🙂!"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 SUM: list[Any] = [
@@ -98,3 +104,77 @@ def running_server(max_waiting: int = 16, together: bool = False, **settings: An
             server.should_exit = True
             thread.join(10)
     assert not thread.is_alive(), "the server did not stop"
+
+
+# Clients -------------------------------------------------------------------------------------------------------
+
+
+def connect(url: str, timeout: float = 20) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
+
+
+def fetch(
+    url: str, path: str, body: object = None, headers: dict[str, str] | None = None, method: str = ""
+) -> SimpleNamespace:
+    """One request; body: bytes as they are, anything else as JSON."""
+    connection = connect(url)
+    content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    connection.request(
+        method or ("GET" if body is None else "POST"), path, content, JSON if headers is None else headers
+    )
+    response = connection.getresponse()
+    text = response.read().decode("utf-8")
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return SimpleNamespace(
+        status=response.status, headers=response.headers, text=text, json=json.loads(text) if is_json else None
+    )
+
+
+def asking(question: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}], **fields}
+
+
+LONG = asking("Never stop", max_tokens=4096)
+
+
+def events_of(text: str) -> list[Any]:
+    blocks = [block for block in text.split("\n\n") if block]
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def parts_of(events: list[Any]) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for event in events:
+        for piece in (choice["nanochat"] for choice in event["choices"] if "nanochat" in choice):
+            if piece["index"] == len(parts):
+                parts.append({"type": piece["type"], "text": ""})
+            parts[piece["index"]]["text"] += piece["text"]
+    return parts
+
+
+def stats(url: str) -> dict[str, int]:
+    return fetch(url, "/stats").json
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 10) -> float:
+    """Wait until it is true; returns the seconds that took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, f"timed out: {what}"
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def wait_until_idle(url: str) -> float:
+    """Wait until no generation runs; returns the seconds that took."""
+    return wait_for(lambda: stats(url)["busy"] == 0, "the worker is free")
+
+
+def leave(connection: http.client.HTTPConnection) -> None:
+    """Close at once and without a goodbye, as a killed browser does."""
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.sock.close()
+    connection.close()

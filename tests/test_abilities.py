@@ -12,12 +12,12 @@ import pytest
 
 from nanochat import abilities
 from nanochat.abilities import ABILITIES, SPLITS, answer_text, docstrings, mixture, split_of, word_f1, words
+from nanochat.calculator import calculate
 from nanochat.chat import Conversation, check_conversation, render_conversation
 from nanochat.common import UserError
 from nanochat.knowledge import read_facts
 from nanochat.stdlib_corpus import train_documents, val_documents
 from nanochat.tokenizer import Tokenizer
-from nanochat.tools import calculate
 
 EVERY = [(name, split) for name in ABILITIES for split in SPLITS]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -37,8 +37,16 @@ def reply(conversation: Conversation):
     return conversation["messages"][-1]["content"]
 
 
+FILLERS = {"please", "the", "a", "an", "so", "just", "me", "for", "tell", "can", "could", "would", "you", "word"}
+
+
 def plain(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+|[{}+]", text.lower()))
+
+
+def bare(text: str) -> str:
+    """Without words that carry no meaning: two questions that differ in these alone are one wording."""
+    return " ".join(word for word in plain(text).split() if word not in FILLERS) or plain(text)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +149,11 @@ def test_operand_pairs_of_the_splits_are_disjoint_in_either_order():
         assert {len(number) for pair in pairs[split] for number in pair} == {1, 2, 3, 4}
         assert {re.sub(r"\d", "", call) for call in calls} == set("+-*/")
     assert all(pairs[a].isdisjoint(pairs[b]) for a, b in combinations(SPLITS, 2))
-    assert split_of("24 37") in SPLITS
 
 
 @pytest.mark.parametrize("table", ["SPELL", "COUNT", "FRAMES", "ORDERS", "EXPLAIN"])
 def test_phrasings_of_the_splits_are_disjoint(table):
-    phrasings = {split: set(map(plain, getattr(abilities, table)[split])) for split in SPLITS}
+    phrasings = {split: set(map(bare, getattr(abilities, table)[split])) for split in SPLITS}
     assert all(phrasings[split] for split in SPLITS)
     assert all(phrasings[a].isdisjoint(phrasings[b]) for a, b in combinations(SPLITS, 2))
 
@@ -159,6 +166,11 @@ def test_no_question_about_itself_stands_twice():
     assert [pair for pair in pairwise(seen) if pair[0][0] == pair[1][0]] == []
     assert len(read_facts()) >= 30
     assert all(len(fact.questions["train"]) >= 8 and len(fact.questions["test"]) >= 3 for fact in read_facts())
+
+
+def test_no_question_about_itself_is_a_trained_one_in_other_words_of_no_meaning():
+    trained = {bare(text) for fact in read_facts() for text in fact.questions["train"]}
+    assert [text for fact in read_facts() for text in fact.questions["test"] if bare(text) in trained] == []
 
 
 @pytest.mark.parametrize("name", ABILITIES)
@@ -211,10 +223,19 @@ def test_a_quoted_word_has_the_same_tokens_in_question_and_call(tokenizer):
         ("It is spelled b a n a n a", True),
         ("b-a-n-a-n-a", True),
         ("B, A, N, A, N, A.", True),
+        ("B - A - N - A - N - A", True),
+        ("The letters are: b a n a n a!", True),
+        ("It is spelled\nb a n a n a", True),
         ("banana", False),
         ("It is spelled b a n a n", False),
         ("It is spelled b a n a n a s", False),
         ("b a n a n a or b a n a n o", False),
+        ("b a n a n o is b a n a n a", False),
+        ("It is spelled b a n a n a ing", False),
+        ("un b a n a n a", False),
+        ("It is spelled b a n a n a's", False),
+        ("b a n a n a_s", False),
+        ("b a n a n a 5 x", False),
     ],
 )
 def test_spelling_is_judged_by_its_letters(text, is_right):
@@ -225,7 +246,7 @@ def test_spelling_is_judged_by_its_letters(text, is_right):
     assert ABILITIES["spelling"].judge({"messages": messages}, text) == is_right
 
 
-@pytest.mark.parametrize("ability", [abilities.Counting(), abilities.Counting(spells=True), abilities.Arithmetic()])
+@pytest.mark.parametrize("ability", [ABILITIES["counting"], ABILITIES["arithmetic"]])
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_output_is_the_calculators_own(ability, split):
     for index in range(1500):
@@ -233,11 +254,6 @@ def test_every_output_is_the_calculators_own(ability, split):
         assert [call["type"], output["type"], text["type"]] == ["python", "python_output", "text"]
         assert output["text"] == calculate(call["text"])
         assert text["text"] == f"The answer is {output['text']}."
-
-
-def test_divisions_of_all_kinds_are_written_as_the_calculator_writes_them():
-    for a, b in [(84, 7), (1, 3), (10, 4), (9999, 8192), (1, 8192), (3, 31), (0, 5), (2, 3), (9998, 9999), (1, 9999)]:
-        assert abilities.result(a, "/", b) == calculate(f"{a}/{b}")
 
 
 def test_the_letter_of_a_count_is_mostly_in_the_word():
@@ -281,6 +297,22 @@ def test_every_fact_accepts_its_own_answer_and_no_other():
         (one.name, other.name) for one in facts for other in facts if one.accepts(other.answer) != (one is other)
     ] == []
     assert len({fact.answer for fact in facts}) == len(facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "reply"),
+    [
+        ("spelling", "Yes, I cannot spell"),
+        ("internet", "No problem, I have access to the internet"),
+        ("licence", "I am not MIT licensed"),
+        ("other", "No, nanochat? I am another company's assistant"),
+    ],
+)
+def test_the_needed_words_alone_are_no_right_answer(name, reply):
+    fact = next(fact for fact in read_facts() if fact.name == name)
+    messages = [{"role": "user", "content": fact.questions["test"][0]}, {"role": "assistant", "content": fact.answer}]
+    assert ABILITIES["identity"].judge({"messages": messages}, fact.answer)
+    assert not ABILITIES["identity"].judge({"messages": messages}, reply)
 
 
 def test_a_reply_that_claims_to_be_another_assistant_is_wrong():

@@ -234,6 +234,19 @@ def test_the_main_script_names_an_argument_that_it_does_not_know(words: list[str
     assert not base_dir.exists()
 
 
+def test_the_main_script_needs_a_place_for_its_results() -> None:
+    result = subprocess.run(
+        ["bash", "runs/runcpu.sh"],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=60,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: neither HOME nor NANOCHAT_BASE_DIR is set\n"
+
+
 def test_no_line_of_a_script_is_longer_than_the_style_allows() -> None:
     long = [
         f"{path.name}:{number}"

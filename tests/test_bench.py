@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat import machine
 from nanochat.common import UserError
-from nanochat.evals.machine import matmul_peak_flops, spread
+from nanochat.dataset import open_corpus
+from nanochat.machine import matmul_peak_flops, spread
+from nanochat.packing import BestFitPacker, Row
+from nanochat.parallel import Runtime
+from nanochat.tokenizer import Tokenizer
 from scripts import bench
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,7 +43,7 @@ def measured(capsys: pytest.CaptureFixture[str], mode: str, *flags: str) -> dict
     assert len(lines) > 3  # progress before the result
     result = json.loads(lines[-1])
     assert result.keys() >= ALWAYS and result["bench"] == result["flags"]["only"] == mode
-    assert result["matmul_peak_gflops"].keys() == {"before", "after"}
+    assert result["matmul_peak_gflops"].keys() == {"before", "after"} and result["matmul_peak_dtype"] == "float32"
     assert min(result["matmul_peak_gflops"].values()) > 0 and result["threads"] == torch.get_num_threads()
     assert result["machine"]["cores"] > 0 and result["peak_rss_bytes"] > 0 and result["wall_s"] > 0
     assert_spreads(result["figures"])
@@ -65,24 +71,56 @@ def test_training_speed_agrees_with_itself(capsys: pytest.CaptureFixture[str]) -
     assert figures["matmul_peak_share"]["max"] < 1
 
 
-def test_loader_figures_are_shares_of_what_was_read(capsys: pytest.CaptureFixture[str], text: Path) -> None:
-    flags = [f"--data-dir={text}", "--vocab-size=300", "--max-seq-len=64", "--device-batch-size=2"]
-    figures = measured(capsys, "loader", *flags, "--batches=5", "--repeats=2")["figures"]
-    assert figures["tokens_per_s"]["min"] > 0 and figures["first_batch_s"] > 0
-    assert 0.9 < figures["real_places_frac"] <= 1
-    assert figures["tokens_kept_frac"] == 1  # the packer loses none
-    assert figures["tokens"] == (1 + 3 * 5) * 2 * 64  # first batch, warm-up and two repeats
+LOADER = ["--vocab-size=300", "--max-seq-len=64", "--device-batch-size=2", "--repeats=2"]
 
 
-def test_lost_tokens_and_padding_would_be_seen() -> None:
-    from nanochat.packing import BestFitPacker
+def test_the_loader_is_timed_from_text_to_batch(capsys: pytest.CaptureFixture[str], text: Path) -> None:
+    figures = measured(capsys, "loader", f"--data-dir={text}", *LOADER)["figures"]
+    documents = list(open_corpus(text).train.documents())
+    tokenizer = Tokenizer.train(documents, 300)
+    began = time.perf_counter()
+    encoded = tokenizer.encode_batch(documents, prepend=tokenizer.bos)
+    encode_s = time.perf_counter() - began
+    num_tokens = sum(map(len, encoded))
+    assert figures["tokens_per_s"]["max"] < 3 * num_tokens / encode_s  # tokenising is a part of it
+    assert figures["first_batch_s"]["max"] < num_tokens / figures["tokens_per_s"]["min"]
+    assert figures["tokens_kept_frac"] == 1 and 0.9 < figures["real_places_frac"] <= 1
+    # an epoch, the window here: every token is a target but a row's first, and the last batches may be cut off
+    rows = 2 * figures["batches"]
+    assert num_tokens - 3 * 64 < figures["tokens"] + rows <= num_tokens + rows
+    assert figures["tokens"] <= rows * 64
 
-    packer = BestFitPacker(8, "cut", buffer_size=2)
-    for ids in ([0] + [1] * 18, [0, 2, 2]):  # three parts, the last two behind an added BOS
-        packer.push(ids)
-    packer.next_row()
-    assert bench.kept_frac(packer.state()) == 1
-    assert bench.kept_frac({**packer.state(), "packer_tokens_kept": packer.tokens_kept - 4}) == 0.5
+
+def test_lost_tokens_would_be_seen(
+    capsys: pytest.CaptureFixture[str], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_row = BestFitPacker.next_row
+
+    def lossy(packer: BestFitPacker) -> Row:
+        row = make_row(packer)
+        if len(packer):
+            packer._take(packer._oldest())
+        return row
+
+    monkeypatch.setattr(BestFitPacker, "next_row", lossy)
+    figures = measured(capsys, "loader", f"--data-dir={text}", *LOADER)["figures"]
+    assert 0.1 < figures["tokens_kept_frac"] < 0.99
+
+
+def test_padding_would_be_seen(capsys: pytest.CaptureFixture[str], text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_row(packer: BestFitPacker) -> Row:
+        piece = packer._take(packer._oldest())
+        packer.tokens_kept += len(piece) - piece.is_part
+        return Row((piece,), packer.capacity)
+
+    monkeypatch.setattr(BestFitPacker, "next_row", short_row)
+    figures = measured(capsys, "loader", f"--data-dir={text}", *LOADER)["figures"]
+    assert figures["tokens_kept_frac"] == 1 and 0.5 < figures["real_places_frac"] < 0.95
+
+
+def test_text_of_less_than_a_batch_cannot_be_measured(text: Path) -> None:
+    with pytest.raises(UserError, match="the text holds less than a batch of 10000 rows"):
+        bench.main(["--only=loader", f"--data-dir={text}", *QUICK, *LOADER, "--device-batch-size=10000"])
 
 
 def test_tokenizer_figures_hold_for_both_thread_counts(capsys: pytest.CaptureFixture[str], text: Path) -> None:
@@ -119,6 +157,8 @@ def test_time_to_bpb_trains_every_seed_in_a_folder_of_its_own(
         assert run["tokens"] == 128 * run["steps"] and run["train_s"] < run["wall_s"]
     assert runs[0]["val_bpb"] != runs[1]["val_bpb"]
     assert result["figures"]["val_bpb"]["min"] == min(run["val_bpb"] for run in runs)
+    assert result["peak_rss_bytes"] == max(run["peak_rss_bytes"] for run in runs)
+    assert result["cpu_s"] > 0.5 * sum(run["train_s"] for run in runs)  # the runs' own, not the waiting parent's
     assert not base_dir.exists()
 
 
@@ -130,8 +170,8 @@ def test_a_recipe_that_fails_ends_the_measurement(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--only=core"], "--only=core: not there yet; choose one of train"),
-        (["--only=serve"], "--only=serve: not there yet; choose one of train"),
+        (["--only=core"], "--only=core: choose one of train"),
+        (["--only=serve"], "--only=serve: choose one of train"),
         (["--only=disk"], "--only=disk: choose one of train"),
         ([], "--only: needed; choose one of train"),
         (["--only=train", "--budget=3"], "--budget: --only=train does not use it"),
@@ -151,13 +191,17 @@ def test_as_a_process_it_refuses_with_code_2() -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: --only=core") and done.stderr.count("\n") == 1
 
 
-def test_the_matmul_peak_counts_two_operations_per_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanochat.evals import machine
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matmul_peak_counts_two_operations_per_product_in_the_runs_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply, used = torch.mm, set()
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: used.add(a.dtype) or multiply(a, b, out=out))
     monkeypatch.setattr(machine, "CPU_SHAPES", ((64, 64, 64),))
     clock = SimpleNamespace(perf_counter=iter(range(100)).__next__)  # each run takes one second
     monkeypatch.setattr(machine, "time", clock)
-    assert matmul_peak_flops(torch.device("cpu"), seconds_per_shape=0) == 2 * 64**3
+    assert matmul_peak_flops(Runtime(torch.device("cpu"), dtype), seconds_per_shape=0) == 2 * 64**3
+    assert used == {dtype}
 
 
 def test_a_spread_is_median_least_and_most() -> None:

@@ -3,18 +3,23 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import HOSTILE, LEARNED, TOGETHER, UNICODE, running_server
+from serving import HOSTILE, LEARNED, ROOT, TOGETHER, UNICODE, running_server, stats, wait_until_idle
 
-playwright_api = pytest.importorskip(
-    "playwright.sync_api", reason="the extra `browser` is missing: bash runs/install_browser.sh"
-)
+IS_REQUIRED = os.environ.get("NANOCHAT_REQUIRE_BROWSER") == "1"  # set by runs/test_all.sh: no browser is a failure then
+if IS_REQUIRED:
+    import playwright.sync_api as playwright_api
+else:
+    playwright_api = pytest.importorskip(
+        "playwright.sync_api", reason="the extra `browser` is missing: bash runs/install_browser.sh"
+    )
 pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,7 +32,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium here: bash runs/install_browser.sh")
+        (pytest.fail if IS_REQUIRED else pytest.skip)("no Chromium here: bash runs/install_browser.sh")
     with playwright_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=ARGUMENTS)
         yield browser
@@ -89,18 +94,13 @@ def page(browser: Any, url: str, request: pytest.FixtureRequest) -> Iterator[Pag
     assert page.complaints == []
 
 
-def stats(url: str) -> dict[str, int]:
-    with urllib.request.urlopen(f"{url}/stats", timeout=10) as reply:
-        return json.load(reply)
-
-
-def wait_until_idle(url: str, timeout_s: float = 5) -> float:
-    """Seconds until no generation runs."""
-    started = time.monotonic()
-    while stats(url)["busy"]:
-        assert time.monotonic() - started < timeout_s, "the worker is still at work"
-        time.sleep(0.01)
-    return time.monotonic() - started
+@pytest.mark.parametrize(("required", "outcome"), [("1", "1 error"), ("", "1 skipped")])
+def test_a_missing_browser_is_a_failure_where_one_is_required(required: str, outcome: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "the_keyboard_alone"]
+    environment = {**os.environ, "PATH": str(tmp_path), "NANOCHAT_REQUIRE_BROWSER": required}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == int(required or 0) and outcome in done.stdout, done.stdout + done.stderr
+    assert not required or "no Chromium here: bash runs/install_browser.sh" in done.stdout
 
 
 def test_a_typed_question_is_answered_in_a_growing_text(page: Page) -> None:
@@ -147,7 +147,8 @@ def test_a_tool_call_and_its_result_are_shown_as_such(page: Page) -> None:
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_ends_a_long_answer_on_screen_and_in_the_engine(page: Page, how: str) -> None:
     use_many_tokens(page)
-    page.ask("Never stop")
+    page.box.press_sequentially("Never stop", delay=5)
+    page.box.press("Enter")
     page.wait_until_writing()
     page.shoot(f"writing-{how}")
     before = stats(page.url)["cancelled"]
@@ -160,6 +161,7 @@ def test_stop_ends_a_long_answer_on_screen_and_in_the_engine(page: Page, how: st
     assert page.at.locator(".note").inner_text() == "Stopped."
     assert stats(page.url)["cancelled"] == before + 1
     assert page.at.evaluate("document.activeElement.id") == "question"
+    page.shoot(f"stopped-{how}")
     page.at.unroute_all()
     page.ask("Who are you?")
     page.wait_until("document.querySelectorAll('.assistant:not(.is-writing)').length === 2")
@@ -189,6 +191,30 @@ def test_shift_enter_begins_a_line_and_the_box_grows(page: Page) -> None:
     assert page.box.input_value().startswith("\ntwo\n")
     assert low * 2 < page.box.bounding_box()["height"] <= 14 * 16 + 2
     assert page.at.locator(".message").count() == 0
+
+
+def test_a_suggestion_leaves_what_was_being_typed(page: Page) -> None:
+    page.box.press_sequentially("half a thought")
+    page.at.get_by_role("button", name="Who are you?").click()
+    page.wait_until_done()
+    assert page.answers.all_text_contents() == [LEARNED["Who are you?"]]
+    assert page.box.input_value() == "half a thought" and page.send.is_enabled()
+
+
+def test_limits_that_could_not_be_fetched_are_asked_for_again(browser: Any, url: str) -> None:
+    page = Page(browser, url)
+    sent: list[Any] = []
+    page.at.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json))
+    small = {"data": [{"nanochat": {"limits": {"max_total_chars": 20, "max_messages": 500}}}]}
+    replies = iter([lambda route: route.abort(), lambda route: route.fulfill(json=small)])
+    page.at.route("**/v1/models", lambda route: next(replies)(route))
+    for _ in range(3):
+        page.ask("Who are you?")
+        page.wait_until_done()
+    assert [len(body["messages"]) for body in sent] == [1, 1, 1], "an earlier exchange is longer than the limit"
+    assert page.answers.all_text_contents() == [LEARNED["Who are you?"]] * 3
+    assert next(replies, None) is None, "once known, limits are not asked for again"
+    page.context.close()
 
 
 def test_text_of_people_and_models_stays_inert(page: Page) -> None:

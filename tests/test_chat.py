@@ -1,9 +1,11 @@
 """Conversations: what is accepted, how it becomes tokens, how it is cut, how tokens become text again."""
 
 import copy
+import unicodedata
 from itertools import groupby
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -11,12 +13,19 @@ from nanochat.chat import (
     Conversation,
     TextStream,
     check_conversation,
+    prompt_room,
     render_conversation,
     render_for_completion,
+    terminal_text,
     visualize_tokens,
 )
 from nanochat.common import UserError
+from nanochat.config import ModelConfig
+from nanochat.engine import Engine
+from nanochat.evals.chat import answer_all
+from nanochat.model.gpt import build_model
 from nanochat.tokenizer import Tokenizer
+from scripts.chat_cli import PartPrinter
 
 TEXT = "what is the weather like, and what is 12 + 34? the answer is 46. zażółć 안녕 👩‍👩‍👧"
 TOKENIZER = Tokenizer.train([TEXT], 310)
@@ -187,6 +196,39 @@ def test_impossible_limits_are_refused() -> None:
         render_for_completion(TOKENIZER, conversation(*NEW), max_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("context", "max_tokens", "room"),
+    [(2048, 512, 1536), (2048, 1024, 1024), (2048, 9999, 1024), (5, 1, 4), (6, 99, 4)],
+)
+def test_a_prompt_gets_what_the_answer_leaves_and_half_of_the_context_at_least(
+    context: int, max_tokens: int, room: int
+) -> None:
+    assert prompt_room(context, max_tokens) == room < context
+
+
+def test_a_context_without_room_for_a_prompt_and_an_answer_is_refused() -> None:
+    with pytest.raises(UserError, match="context of 4 tokens is too short to chat"):
+        prompt_room(4, 8)
+    assert prompt_room(4, 8, shortest=1) == 2
+
+
+@pytest.fixture
+def engine() -> Engine:
+    config = ModelConfig(64, TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
+    return Engine(build_model(config, torch.device("cpu"), torch.float32, seed=1), stop_ids=[])
+
+
+def test_a_question_that_would_be_cut_is_refused_and_one_that_fits_gets_the_rest_of_the_context(engine: Engine) -> None:
+    fits, too_long = conversation(user("x" * 28), assistant("")), conversation(user("x" * 29), assistant(""))
+    [answer] = answer_all(engine, TOKENIZER, [fits], lambda given, reply: True, max_tokens=64)
+    assert answer.conversation is fits and answer.reply
+    assert answer_all(engine, TOKENIZER, [], lambda given, reply: True) == []
+    with pytest.raises(
+        UserError, match=r"question of 33 tokens and an answer of 64 .*context of 64; .*--max-new-tokens"
+    ):
+        answer_all(engine, TOKENIZER, [fits, too_long], lambda given, reply: True, max_tokens=64)
+
+
 # Checking -------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +300,27 @@ def test_a_stream_of_good_text_never_shows_a_replacement_character(text: str) ->
     stream = TextStream(TOKENIZER)
     pushed = [stream.push(token_id) for token_id in TOKENIZER.encode(text)]
     assert "".join(pushed) == text and stream.flush() == ""
+
+
+def test_text_on_a_terminal_keeps_its_characters_and_loses_its_power() -> None:
+    harmless = "Zażółć\tgęślą\njaźń 你好 👩‍👩‍👧 \u3000\xa0 नमस्ते می‌خواهم |<>"
+    assert terminal_text(harmless) == harmless
+    assert terminal_text("\x1b]0;title\x07\x1b[2J\r\b\x9b31m\u202e") == (
+        "\\x1b]0;title\\x07\\x1b[2J\\r\\x08\\x9b31m\\u202e"
+    )
+
+
+@given(st.text())
+def test_nothing_but_lines_and_tabs_controls_a_terminal(text: str) -> None:
+    shown = terminal_text(text)
+    assert {c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} <= set("\n\t")
+
+
+def test_the_chat_on_a_terminal_shows_a_models_escape_sequences_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    show = PartPrinter()
+    show([{"type": "text", "text": "a\x1b[2J\n"}, {"type": "python", "text": "1\r"}])
+    show.end()
+    assert capsys.readouterr().out == "a\\x1b[2J\n[1\\r] \n"
 
 
 def test_shown_tokens_are_green_where_supervised_and_red_elsewhere() -> None:

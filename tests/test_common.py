@@ -2,10 +2,14 @@
 
 import errno
 import gzip
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,11 +23,17 @@ from nanochat.common import (
     launch_ranks,
     open_bytes,
     peak_flops,
+    prepare_matplotlib,
     print0,
     printable,
     reading,
+    record_path,
+    record_stage,
     requested_dtype,
+    show_progress,
+    write_record,
 )
+from nanochat.memory import MemoryWatch, peak_rss_bytes, tree_rss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,6 +211,110 @@ def test_only_rank_0_prints(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         print0("rank", rank)
     assert capsys.readouterr().out == "rank 0\n"
+
+
+# Records of stages -------------------------------------------------------------------------------------------------
+
+
+def saved(name: str) -> dict:
+    return json.loads(record_path(name).read_text())
+
+
+def test_a_stage_records_its_figures_its_time_and_its_memory(base_dir):
+    began = time.perf_counter()
+    with record_stage("one", began - 5) as record:
+        record.update(steps=3, loss=float("nan"), losses=[1.0, float("inf")], earlier_s=50.0)
+    record = saved("one")
+    assert 55 <= record.pop("wall_clock_s") <= 55 + time.perf_counter() - began
+    assert record.pop("peak_rss_bytes") >= peak_rss_bytes() - 2**20
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d\d\d\+00:00", record.pop("ended"))
+    assert record == {"steps": 3, "loss": None, "losses": [1.0, None]}  # JSON has neither NaN nor infinity
+
+
+def test_a_stage_that_did_nothing_or_failed_leaves_the_old_record(base_dir):
+    write_record("one", {"steps": 3})
+    with record_stage("one"):
+        pass
+    with pytest.raises(KeyError), record_stage("one") as record:
+        record["steps"] = 4
+        raise KeyError("bug")
+    assert saved("one") == {"steps": 3}
+
+
+def test_the_clock_of_a_stage_starts_with_the_process(base_dir):
+    code = "import time\nfrom nanochat.common import record_stage\ntime.sleep(0.5)\n"
+    code += "with record_stage('one') as record:\n    record['steps'] = 1"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    assert 0.5 <= saved("one")["wall_clock_s"] <= time.perf_counter() - began
+
+
+@pytest.mark.parametrize(("earlier_s", "is_kept"), [(1.0, True), (0.0, False)])
+def test_a_stage_that_goes_on_keeps_the_larger_peak(base_dir, earlier_s, is_kept):
+    write_record("one", {"peak_rss_bytes": 2**50})
+    with record_stage("one") as record:
+        record["earlier_s"] = earlier_s
+    assert (saved("one")["peak_rss_bytes"] == 2**50) == is_kept
+    record_path("one").write_text('{"peak_rss')
+    with record_stage("one") as record:
+        record["earlier_s"] = earlier_s
+    assert 0 < saved("one")["peak_rss_bytes"] < 2**50
+
+
+def test_only_rank_0_records(base_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with record_stage("one") as record:
+        record["steps"] = 1
+    assert not base_dir.exists()
+
+
+HOLDS = 200 * 2**20
+HOLD_MEMORY = f"x = b'x' * {HOLDS}; print('ready', flush=True); input()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_memory_of_grandchildren_counts_while_they_live():
+    command = ["sh", "-c", f'"{sys.executable}" -c "{HOLD_MEMORY}"; true']
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    before = tree_rss_bytes(os.getpid())
+    with MemoryWatch(os.getpid(), interval_s=0.01) as memory:
+        with subprocess.Popen(command, **pipes) as child:
+            child.stdout.readline()
+            during = tree_rss_bytes(os.getpid())
+            time.sleep(0.3)
+            child.communicate(b"\n")
+        after = tree_rss_bytes(os.getpid())
+    assert min(during, memory.peak_bytes()) >= before + HOLDS
+    assert after < before + HOLDS / 2
+    assert peak_rss_bytes(of_children=True) >= HOLDS
+
+
+def test_progress_is_one_line_for_terminals_that_the_end_clears(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for done in (5, 10):
+        show_progress("asked", done, 10)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    for done in (5, 1234):
+        show_progress("asked", done, 1234)
+    assert sys.stderr.getvalue() == "\rasked 5/1,234\rasked 1,234/1,234\r                 \r"
+
+
+def test_matplotlib_gets_a_folder_below_the_base_unless_one_is_given(monkeypatch, base_dir):
+    monkeypatch.setenv("MPLCONFIGDIR", "given")
+    prepare_matplotlib()
+    assert os.environ["MPLCONFIGDIR"] == "given"
+    monkeypatch.delenv("MPLCONFIGDIR")
+    prepare_matplotlib()
+    assert os.environ["MPLCONFIGDIR"] == str(base_dir / "matplotlib")
+    monkeypatch.delenv("MPLCONFIGDIR")
+
+
+# Devices -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
-from nanochat.engine import Engine, Sampling, Token, uniform
+from nanochat.engine import PREFILL_CHUNK, Engine, Sampling, Token, uniform
 from nanochat.model.gpt import GPT, build_model
 
 GREEDY = Sampling(temperature=0.0)
@@ -116,6 +116,27 @@ def test_generation_ends_where_the_context_ends(model: GPT) -> None:
 def test_a_prompt_that_cannot_be_continued_is_refused_in_words(model: GPT, prompt: list[int]) -> None:
     with pytest.raises(UserError, match="context of 700"):
         list(Engine(model, []).generate(prompt, 5))
+
+
+def test_a_stop_test_ends_a_long_prompt_between_its_chunks_and_an_answer_between_its_tokens(model: GPT) -> None:
+    engine, prompt = Engine(model, []), [5] * (PREFILL_CHUNK + 1)
+    answers = iter([False, True, True])
+    assert list(engine.generate(prompt, 5, should_stop=lambda: next(answers))) == []
+    answers = iter([True, True])  # asked once more before the first token, not before a second chunk
+    assert list(engine.generate(prompt, 5, should_stop=lambda: next(answers))) == []
+    said: list[Token] = []
+    for token in engine.generate([5], 50, GREEDY, num_samples=2, should_stop=lambda: len(said) >= 6):
+        said.append(token)
+    assert rows_of(said, 2) == [greedy_without_cache(model, [5], 3)] * 2
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-308, 5e-324])
+def test_the_colder_the_sampling_the_nearer_to_greedy_down_to_the_smallest_number(
+    model: GPT, temperature: float
+) -> None:
+    for top_k in (0, 5):
+        cold = list(Engine(model, []).generate([5, 6], 10, Sampling(temperature, top_k)))
+        assert rows_of(cold, 1) == [greedy_without_cache(model, [5, 6], 10)]
 
 
 class EchoHook:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The house, ground floor first. A module may import from lower floors only; a sub-package is one room, whose files may
 # import each other. A new module gets its place here.
 FLOORS = (
-    ("common",),
+    ("common", "memory"),
     ("kernels", "config", "parallel", "cli", "cpp"),
     (
         "model",
@@ -28,7 +28,9 @@ FLOORS = (
         "stdlib_corpus",
         "chat",
         "abilities",
+        "calculator",
         "knowledge",
+        "machine",
         "phrasings",
         "tokenizer",
         "scaling",
@@ -39,6 +41,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = {
+    ("common", "memory"),
     ("cli", "config"),
     ("loader", "dataset"),
     ("loader", "packing"),
@@ -48,6 +51,7 @@ SAME_FLOOR = {
     ("chat", "tokenizer"),
     ("fim", "tokenizer"),
     ("dataset", "stdlib_corpus"),
+    ("abilities", "calculator"),
     ("abilities", "chat"),
     ("abilities", "stdlib_corpus"),
     ("abilities", "knowledge"),
@@ -336,9 +340,14 @@ def _unsafe(node: ast.AST) -> str | None:
     return None
 
 
+# At the boundary of a worker's thread: one answer that fails must not end the thread for all that follow.
+ALLOWED = {"nanochat.serve.workers": ["catches broadly"]}
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_source_catches_broadly_or_loads_code_from_data(module):
-    assert unsafe_lines(MODULES[module].read_text(encoding="utf-8")) == []
+    found = unsafe_lines(MODULES[module].read_text(encoding="utf-8"))
+    assert [line.partition(": ")[2] for line in found] == ALLOWED.get(module, [])
 
 
 @pytest.mark.parametrize(

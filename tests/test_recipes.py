@@ -99,7 +99,7 @@ SWITCHES = {
 
 # Rows of 64 positions lie within every window and within one long document; at depth 2 the middle layer is the last,
 # and the final norm undoes taking a share of it out.
-NO_EFFECT_HERE = {"--window-pattern=L", "--doc-mask", "--no-backout", "--laws=reference"}
+NO_EFFECT_HERE = {"--window-pattern=L", "--doc-mask", "--no-backout"}
 
 
 @pytest.mark.usefixtures("tokenizer")
@@ -114,6 +114,27 @@ def test_every_switch_trains_another_model_that_is_saved_as_such(text: Path) -> 
         assert max(losses) < 7, switch
         if switch not in NO_EFFECT_HERE:
             assert losses != plain_losses[:6], switch
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_finished_run_is_not_taken_for_one_on_other_text_or_another_base(
+    text: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [*TINY, "--num-iterations=3", "--eval-every=-1"]
+    sft = ["--num-iterations=2", "--eval-every=-1", "--device-batch-size=2", "--resume=auto"]
+    base_train.main([*base, f"--data-dir={text}"])
+    chat_sft.main([f"--data={chats}", *sft])
+    base_train.main([*base, f"--data-dir={text}", "--resume=auto"])
+    chat_sft.main([f"--data={chats}", *sft])
+    assert capsys.readouterr().out.count("nothing to do") == 2
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"Another text, line {number}." for number in range(3000)))
+    with pytest.raises(UserError, match=r"was trained on another text than the one given now; start it anew with --ov"):
+        base_train.main([*base, f"--data-dir={other}", "--resume=auto"])
+    base_train.main([*base, f"--data-dir={text}", "--seed=7", "--overwrite"])
+    with pytest.raises(UserError, match="was trained on another base model than the one given now"):
+        chat_sft.main([f"--data={chats}", *sft])
+    chat_sft.main([f"--data={chats}", *sft, "--resume=no", "--overwrite"])
 
 
 @pytest.mark.usefixtures("tokenizer")

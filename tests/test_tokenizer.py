@@ -341,9 +341,11 @@ def test_an_existing_tokenizer_is_kept_unless_told_otherwise(text_file: str, bas
     before = file.read_bytes()
     with pytest.raises(UserError, match=r"--overwrite.*--if-missing"):
         tok_train.main([text_file, "--vocab-size=310"])
-    tok_train.main([text_file, "--vocab-size=310", "--if-missing"])
+    tok_train.main([text_file, "--vocab-size=300", "--if-missing"])
+    assert "exists and is kept (300 ids)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has 300 ids, and 310 were asked for; give --vocab-size=300"):
+        tok_train.main([text_file, "--vocab-size=310", "--if-missing"])
     assert file.read_bytes() == before
-    assert "310 ids were asked for" in capsys.readouterr().out
     tok_train.main([text_file, "--vocab-size=310", "--overwrite"])
     assert Tokenizer.load(file).vocab_size == 310
     with pytest.raises(UserError, match="give one of them"):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import tools
+from nanochat import calculator, tools
+from nanochat.calculator import calculate
 from nanochat.tokenizer import Tokenizer
-from nanochat.tools import CalculatorHook, calculate
+from nanochat.tools import CalculatorHook
 
 
 @pytest.mark.parametrize(
@@ -128,14 +129,17 @@ def test_what_has_no_value_gets_an_error_that_names_the_cause(expression, output
 
 
 def test_costs_are_bounded_and_every_bound_is_reported():
-    assert calculate("1" * tools.MAX_CHARS + "0") == f"error: expression longer than {tools.MAX_CHARS} characters"
-    deep = tools.MAX_DEPTH
+    assert (
+        calculate("1" * calculator.MAX_CHARS + "0")
+        == f"error: expression longer than {calculator.MAX_CHARS} characters"
+    )
+    deep = calculator.MAX_DEPTH
     assert calculate("(" * (deep - 1) + "1" + ")" * (deep - 1)) == "1"
     assert calculate("(" * deep + "1" + ")" * deep) == f"error: nested deeper than {deep}"
     assert calculate("-" * deep + "1") == f"error: nested deeper than {deep}"
-    too_long = f"error: number with more than {tools.MAX_DIGITS} digits"
-    assert calculate("9" * tools.MAX_DIGITS) == "9" * tools.MAX_DIGITS
-    assert calculate("9" * (tools.MAX_DIGITS + 1)) == too_long
+    too_long = f"error: number with more than {calculator.MAX_DIGITS} digits"
+    assert calculate("9" * calculator.MAX_DIGITS) == "9" * calculator.MAX_DIGITS
+    assert calculate("9" * (calculator.MAX_DIGITS + 1)) == too_long
     assert calculate("9" * 60 + "*" + "9" * 60) == too_long
     assert calculate("1/" + "9" * 60 + "/" + "9" * 60) == too_long
 
@@ -144,7 +148,7 @@ def test_no_text_of_calculator_characters_is_slow_long_or_fatal():
     generator = random.Random(0)
     alphabet = "0123456789+-*/()., '\"ab\\\n" + "\u00d7\u6f22"
     expressions = ["".join(generator.choices(alphabet, k=generator.randint(0, 60))) for _ in range(2000)]
-    expressions += [c * n for c in alphabet for n in (1, 2, tools.MAX_CHARS)]
+    expressions += [c * n for c in alphabet for n in (1, 2, calculator.MAX_CHARS)]
     begun = time.perf_counter()
     outputs = [calculate(expression) for expression in expressions]
     assert time.perf_counter() - begun < 5

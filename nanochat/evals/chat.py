@@ -1,10 +1,12 @@
 """Answers of a chat model, judged. Questions are decoded side by side; a rate comes with its interval."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nanochat.chat import Conversation, Part, ReplyReader, render_for_completion
+from nanochat.chat import Conversation, Part, ReplyReader, prompt_room, render_for_completion
+from nanochat.common import UserError
 from nanochat.engine import Engine, Sampling
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import CalculatorHook
@@ -43,10 +45,18 @@ def answer_all(
 ) -> list[Answer]:
     """Greedy answers to every conversation's last user message (a final assistant message is the reference).
 
-    Prompts of similar length are decoded together; answers come back in the given order.
+    Prompts of similar length are decoded together; answers come back in the given order. Raises UserError if a question
+    would have to be cut: what is asked then is another question.
     """
     context = engine.model.config.sequence_len
-    prompts = [render_for_completion(tokenizer, c, max(4, context - max_tokens)) for c in conversations]
+    room = prompt_room(context, max_tokens)
+    prompts = [render_for_completion(tokenizer, c, sys.maxsize) for c in conversations]
+    longest = max(map(len, prompts), default=0)
+    if longest > room:
+        raise UserError(
+            f"a question of {longest} tokens and an answer of {max_tokens} do not fit into the model's context of "
+            f"{context}; ask for shorter answers (--max-new-tokens) or take a model with a longer context"
+        )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):

@@ -17,10 +17,11 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.serve import requests as limits
-from nanochat.serve.guard import LOCAL_NAMES, Guard
+from nanochat.serve import limits
+from nanochat.serve.guard import Guard
+from nanochat.serve.limits import Defaults
 from nanochat.serve.replies import UNFINISHED, Reply, error_object
-from nanochat.serve.requests import ChatRequest, Defaults, RequestError, parse_chat_request
+from nanochat.serve.requests import ChatRequest, RequestError, parse_chat_request
 from nanochat.serve.workers import Busy, Delta, Finish, Generation, Stopped, Workers
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ UI = Path(__file__).parent / "ui"
 def create_app(
     workers: Workers,
     defaults: Defaults = Defaults(),  # noqa: B008 (frozen)
-    hosts: Collection[str] = LOCAL_NAMES,
+    names: Collection[str] = (),
 ) -> "ASGIApp":
     """The ASGI application in front of `workers`, which it starts and closes.
 
-    hosts: names (without port) by which clients may address the server; empty allows any.
+    names: what clients may call this server beside the names that `Guard` allows anyway.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -59,13 +60,13 @@ def create_app(
     refusals = (RequestError, Busy, Stopped, HTTPException, ClientDisconnect, Exception)
     routes = make_routes(workers, defaults, describe_model(workers, defaults))
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys(refusals, refuse), lifespan=lifespan)
-    return Guard(app, hosts)
+    return Guard(app, names)
 
 
 def create_server(
     workers: Workers,
     defaults: Defaults = Defaults(),  # noqa: B008 (frozen)
-    hosts: Collection[str] = LOCAL_NAMES,
+    names: Collection[str] = (),
     drain_s: float = 2.0,
 ) -> "uvicorn.Server":
     """A server to `run(sockets=[...])`. Told to stop, it refuses new questions; answers may go on for `drain_s`."""
@@ -76,7 +77,7 @@ def create_server(
             await asyncio.to_thread(workers.close, drain_s)  # every answer gets its end before connections are closed
             await super().shutdown(sockets)
 
-    app = create_app(workers, defaults, hosts)
+    app = create_app(workers, defaults, names)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1
     )
@@ -128,7 +129,15 @@ def make_routes(workers: Workers, defaults: Defaults, model_card: dict[str, Any]
 
 def describe_model(workers: Workers, defaults: Defaults) -> dict[str, Any]:
     """OpenAI's model object, and beside it what a client of this server may want to know."""
-    known = {name.lower(): value for name, value in vars(limits).items() if name.startswith("MAX_")}
+    known = {
+        "max_body_bytes": limits.MAX_BODY_BYTES,
+        "max_messages": limits.MAX_MESSAGES,
+        "max_message_chars": limits.MAX_MESSAGE_CHARS,
+        "max_total_chars": limits.MAX_TOTAL_CHARS,
+        "max_temperature": limits.MAX_TEMPERATURE,
+        "max_top_k": limits.MAX_TOP_K,
+        "max_tokens": limits.MAX_TOKENS,
+    }
     settings = {"temperature": defaults.temperature, "top_k": defaults.top_k, "max_tokens": defaults.max_tokens}
     about = {"context_tokens": workers.context_tokens, "defaults": settings, "limits": known}
     return {"id": defaults.model, "object": "model", "created": 0, "owned_by": "nanochat", "nanochat": about}

@@ -9,7 +9,10 @@ tool's output) in a field named `nanochat`, which other clients skip:
     data: [DONE]
 
 `delta.content` (and `message.content` of a whole answer) carries text parts only. `nanochat.index` numbers the parts of
-the answer. Sent back as the content of an assistant message, the parts give the model the very tokens it wrote.
+the answer. Sent back as the content of an assistant message, the parts give the model the same text and the same tool
+calls again, and as a rule the same tokens. Other tokens come back where it spelled a text in another way than the
+tokenizer does, where it broke a character (shown as U+FFFD), and where it wrote a special token that has no place in an
+answer (shown by its name, which is then plain text).
 """
 
 import json

@@ -1,8 +1,8 @@
 """What a client may ask: the body of /v1/chat/completions, checked before it reaches the model.
 
-Every limit has a name and a number here, and every refusal is a `RequestError` that says in one sentence what was
-given and what is allowed. Settings of the OpenAI interface that this server does not have are refused too, unless their
-value asks for nothing: an answer that silently ignored `stop` or `tools` would be a wrong answer.
+The numbers are in `serve.limits`. Every refusal is a `RequestError` that says in one sentence what was given and what
+is allowed. Settings of the OpenAI interface that this server does not have are refused too, unless their value asks for
+nothing: an answer that silently ignored `stop` or `tools` would be a wrong answer.
 """
 
 import json
@@ -12,14 +12,15 @@ from typing import Any, cast
 from nanochat.chat import Message, check_conversation
 from nanochat.common import UserError
 from nanochat.engine import Sampling
-
-MAX_BODY_BYTES = 1 << 20  # the largest allowed conversation, were every character written as an escape, is half of it
-MAX_MESSAGES = 500
-MAX_MESSAGE_CHARS = 8_000  # of one system or user message; an answer of the model may be longer
-MAX_TOTAL_CHARS = 32_000
-MAX_TEMPERATURE = 2.0
-MAX_TOP_K = 200
-MAX_TOKENS = 4_096
+from nanochat.serve.limits import (
+    MAX_MESSAGE_CHARS,
+    MAX_MESSAGES,
+    MAX_TEMPERATURE,
+    MAX_TOKENS,
+    MAX_TOP_K,
+    MAX_TOTAL_CHARS,
+    Defaults,
+)
 
 # Settings we do not have, and the values (besides null) that ask for nothing.
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
@@ -44,20 +45,6 @@ class RequestError(Exception):
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a request gets that does not say otherwise.
-
-    model: the name clients see. seed: requests without a seed draw theirs from it, each another one.
-    """
-
-    model: str = "nanochat"
-    temperature: float = 0.6
-    top_k: int = 50
-    max_tokens: int = 512
-    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,8 @@ def _check_fields(fields: dict[str, Any], model: str) -> None:
             if value is not None and value not in _WITHOUT_EFFECT[name]:
                 raise RequestError(f"{name}: this server does not support it; leave it out", name, code="unsupported")
         elif name not in _KNOWN and name not in _NOT_OURS:
-            raise RequestError(f"{_shown(name)}: unknown field; known are {', '.join(sorted(_KNOWN))}", _shown(name))
+            param = _shorten(name.encode(errors="replace").decode(), 40)  # half a character could not be sent back
+            raise RequestError(f"{_shown(name)}: unknown field; known are {', '.join(sorted(_KNOWN))}", param)
     asked = fields.get("model")
     if asked not in (None, model):
         message = f"model {_shown(asked)} is not served here; leave it out or use {model!r}"

@@ -3,11 +3,13 @@
 A request becomes a `Generation`, which waits, runs and ends with exactly one `Finish`, whatever happens:
 
     submit ──> waiting line ──> a worker's thread: prompt, tokens ──> emit(Delta), emit(Delta), ..., emit(Finish)
-       └─ Busy when the line is full       └─ looks at every token whether it was cancelled
+       └─ Busy when the line is full       └─ looks before every step whether it was cancelled
 
 Nobody holds a worker but the worker's own thread, so none can be lost: a client that leaves only sets a mark
-(`cancel`), and the thread is free one token later; one that still waits leaves the line at once. `emit` is called from
-the worker's thread and must not block. The text of conversations is never logged.
+(`cancel`), and the thread is free one step of the model later, which is one token or one chunk of a long prompt; a
+client that still waits leaves the line at once. A generation that fails takes nobody else down: its client is told, the
+log says why, and the thread goes on. `emit` is called from the worker's thread and must not block. The text of
+conversations is never logged.
 """
 
 import logging
@@ -19,7 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat.chat import Part, PartType, ReplyReader, render_for_completion
+from nanochat.chat import Part, PartType, ReplyReader, prompt_room, render_for_completion
+from nanochat.common import printable
 from nanochat.engine import Engine
 from nanochat.serve.requests import ChatRequest
 from nanochat.tokenizer import Tokenizer
@@ -82,11 +85,13 @@ class Workers:
         self._counts = {"stop": 0, "length": 0, "cancelled": 0, "error": 0, "refused": 0, "tokens": 0}
         self._mean_s = 1.0  # of a generation, the recent ones counting most
         self._is_open = False
+        self._num_alive = 0  # threads that have begun and not left
         self._engines = list(engines)
         self._threads = [threading.Thread(target=self._work, args=(engine,), daemon=True) for engine in engines]
 
     def start(self) -> None:
-        self._is_open = True
+        with self._changed:
+            self._is_open, self._num_alive = True, len(self._threads)
         for thread in self._threads:
             thread.start()
 
@@ -120,7 +125,8 @@ class Workers:
     @property
     def num_ready(self) -> int:
         """Threads that take requests."""
-        return sum(thread.is_alive() for thread in self._threads) if self._is_open else 0
+        with self._changed:
+            return self._num_alive if self._is_open else 0
 
     def submit(self, request: ChatRequest, emit: Emit) -> Generation:
         """Put a request in the line. Raises Busy when it is full, Stopped when nobody works on it."""
@@ -137,7 +143,7 @@ class Workers:
         return generation
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation: at once if it waits, within one token if it runs. Harmless when it is over."""
+        """End a generation: at once if it waits, after the model's next step if it runs. Harmless when it is over."""
         generation.is_cancelled.set()
         with self._changed:
             was_waiting = generation in self._waiting
@@ -176,8 +182,8 @@ class Workers:
         finish = Finish("error")
         try:
             finish = self._generate(engine, generation)
-        except (RuntimeError, ValueError, MemoryError):  # what torch raises, out of memory included: the next may do
-            logger.exception("a generation failed")
+        except Exception as error:  # as broad as can be: whatever went wrong here, the next generation may do
+            logger.exception("a generation failed: %s", printable(f"{type(error).__name__}: {error}")[:300])
         finally:
             with self._changed:
                 self._running.discard(generation)
@@ -186,18 +192,21 @@ class Workers:
 
     def _generate(self, engine: Engine, generation: Generation) -> Finish:
         """Answer, emitting each token's text. The oldest turns are forgotten where the context is too short."""
-        request = generation.request
+        request, is_cancelled = generation.request, generation.is_cancelled.is_set
+        if is_cancelled():
+            return Finish("cancelled")
         context = engine.model.config.sequence_len
-        room = max(context // 2, context - request.max_tokens)  # the answer gets at most half of a short context
+        room = prompt_room(context, request.max_tokens)
         prompt = render_for_completion(self.tokenizer, {"messages": request.messages}, room)
         limit = min(request.max_tokens, context - len(prompt))
         reader = ReplyReader(self.tokenizer)
         num_tokens = 0
-        for token in engine.generate(prompt, limit, request.sampling, hooks=[CalculatorHook(self.tokenizer)]):
-            if generation.is_cancelled.is_set():
-                return Finish("cancelled", len(prompt), num_tokens)
+        hooks = [CalculatorHook(self.tokenizer)]
+        for token in engine.generate(prompt, limit, request.sampling, hooks=hooks, should_stop=is_cancelled):
             num_tokens += 1
             _emit_parts(generation, reader, reader.push(token.token_id))
+        if is_cancelled():
+            return Finish("cancelled", len(prompt), num_tokens)
         _emit_parts(generation, reader, reader.flush())
         return Finish("stop" if num_tokens < limit else "length", len(prompt), num_tokens)
 
@@ -208,11 +217,11 @@ class Workers:
         generation.emit(finish)
 
     def _leave(self) -> None:
-        """Whoever waits for the last worker need not wait for ever."""
-        others = [thread for thread in self._threads if thread is not threading.current_thread() and thread.is_alive()]
-        if others and self._is_open:
-            return
+        """The thread ends. Whoever waits for the last one need not wait for ever."""
         with self._changed:
+            self._num_alive -= 1
+            if self._num_alive and self._is_open:
+                return
             self._is_open = False
             left, self._waiting = list(self._waiting), deque()
         for generation in left:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanochat.common import UserError, atomic_write
+from nanochat.common import UserError, atomic_write, reading, to_json
 from nanochat.parallel import Runtime
 
 Record = dict[str, Any]
@@ -34,7 +34,7 @@ class JsonlLogger:
 
     def log(self, record: Record) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(to_json(record) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(
@@ -51,6 +51,13 @@ def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics file; those that a crash has damaged are left out. UserError where it cannot be read."""
+    with reading(path, "", UnicodeDecodeError):
+        lines = read_lines(path)
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
 
 
 def step_of(line: str) -> float:

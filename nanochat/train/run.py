@@ -1,7 +1,7 @@
 """Runs: where training starts, continues and ends.
 
     <base>/checkpoints/<source>/<tag>/
-        run.json           the command's flags and whether the run has finished
+        run.json           the command's flags, fingerprints of what it trains on, and whether the run has finished
         metrics.jsonl      one record per step
         step_000100/       checkpoints, see nanochat.checkpoint
 
@@ -40,7 +40,7 @@ KEEP_LAST = 2  # intermediate checkpoints kept while a run goes on
 
 # Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
 FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
-FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # the loader checks the data itself
+FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # inputs are compared by content
 HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
 
 
@@ -52,21 +52,31 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, args: Namespace, rt: Runtime, checkpoint: Checkpoint | None, finished: bool
+        self,
+        folder: Path,
+        args: Namespace,
+        rt: Runtime,
+        checkpoint: Checkpoint | None,
+        finished: bool,
+        inputs: Mapping[str, str],
     ) -> None:
-        self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
+        self.args, self.rt, self.checkpoint, self.is_finished, self._inputs = args, rt, checkpoint, finished, inputs
         self.final_folder = folder
         self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
         # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
         self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
 
     @classmethod
-    def open(cls, source: str, tag: str, args: Namespace, rt: Runtime) -> "Run":
+    def open(
+        cls, source: str, tag: str, args: Namespace, rt: Runtime, inputs: Mapping[str, str] | None = None
+    ) -> "Run":
         """Start or continue a run according to --resume and --overwrite in `args`; every rank calls this.
 
-        Raises UserError rather than replace a run that is finished or could be continued, unless told to, and where
-        the flags are not those of the run that is to be continued.
+        inputs: fingerprints of what is trained on, by name: "text", "base model". Raises UserError rather than replace
+        a run that is finished or could be continued, unless told to, and where flags or inputs are not those of the
+        run that is to be continued.
         """
+        inputs = inputs or {}
         folder = run_folder(source, tag)
         steps = saved_steps(folder)
         record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -80,7 +90,8 @@ class Run:
         checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
         if checkpoint:
             check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
-        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto")
+            check_inputs(inputs, record.get("inputs", {}), folder)
+        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto", inputs)
         rt.barrier()  # all have looked before anybody changes anything
         if rt.is_main and checkpoint is None:
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -200,7 +211,7 @@ class Run:
 
     def _write_status(self, status: str) -> None:
         if self.rt.is_main:
-            record = {"status": status, "args": vars(self.args)}
+            record = {"status": status, "args": vars(self.args), "inputs": dict(self._inputs)}
             with atomic_write(self.folder / "run.json") as path:
                 path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -217,6 +228,16 @@ def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finishe
         raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
     if changed:
         print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
+
+
+def check_inputs(inputs: Mapping[str, str], first: Mapping[str, str], folder: Path) -> None:
+    """Raise UserError where a run is continued on something else than it was started on."""
+    changed = [name for name in inputs if first.get(name, inputs[name]) != inputs[name]]
+    if changed:
+        raise UserError(
+            f"{folder}: was trained on another {' and another '.join(changed)} than the one given now; start it anew "
+            "with --overwrite, or choose another --model-tag"
+        )
 
 
 def make_folder(folder: Path) -> None:

@@ -6,9 +6,9 @@ import { readEvents } from "./sse.js";
 export class ChatError extends Error {}
 
 // What the server allows, for trimming long conversations; null while it cannot be reached.
-export async function fetchLimits() {
+export async function fetchLimits(signal) {
   try {
-    const response = await fetch("/v1/models");
+    const response = await fetch("/v1/models", { signal });
     return (await response.json()).data[0].nanochat.limits;
   } catch {
     return null;

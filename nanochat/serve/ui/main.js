@@ -10,7 +10,7 @@ const stopButton = document.getElementById("stop");
 
 let exchanges = []; // {question, parts}, answered ones only
 let running = null; // the AbortController of the answer that is being written
-let limits = null;
+let limits = null; // asked for with the first question, and with the next one where that failed
 
 // Messages for the server: as many of the last exchanges as it allows, then the new question.
 function conversation(text) {
@@ -30,17 +30,17 @@ function conversation(text) {
 }
 
 async function send(text) {
-  if (running || !text.trim()) return;
+  if (running) return;
   const mine = new AbortController();
   const parts = [];
   showError("");
-  question.value = "";
   const takeBack = showQuestion(text);
   const view = new AnswerView();
   setRunning(mine);
   announce("The answer is being written.");
   let note = "";
   try {
+    limits ??= await fetchLimits(mine.signal);
     for await (const piece of streamAnswer(conversation(text), mine.signal)) {
       if (mine.signal.aborted) break;
       if (piece.finish) {
@@ -117,16 +117,24 @@ function startAnew() {
   question.focus();
 }
 
+// Send what stands in the box.
+function submit() {
+  const text = question.value;
+  if (running || !text.trim()) return;
+  question.value = "";
+  send(text);
+}
+
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
-  send(question.value);
+  submit();
 });
 question.addEventListener("input", refresh);
 question.addEventListener("keydown", (event) => {
   // isComposing: Enter that picks a word of an input method is no Enter.
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    send(question.value);
+    submit();
   }
 });
 document.addEventListener("keydown", (event) => {
@@ -143,4 +151,3 @@ for (const button of document.getElementById("suggestions").children) {
 }
 
 refresh();
-limits = await fetchLimits();

@@ -1,0 +1,47 @@
+"""Parts of the project made ready for the clock of scripts.bench: what to time, and what went through meanwhile."""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from nanochat.common import UserError
+from nanochat.engine import Engine, Sampling
+from nanochat.loader import PretrainLoader
+
+
+def first_window(loader: PretrainLoader) -> tuple[int, int, dict[str, Any]]:
+    """(batches, their targets) that lie in a fresh loader's first window, and its state when the next one began.
+
+    Raises UserError where not even one batch lies in it.
+    """
+    num_batches = targets = 0
+    batch, state = next(loader), loader.state()
+    while state["packer_tokens_kept"] == 0:  # when the window began, before its rows were made
+        num_batches, targets = num_batches + 1, targets + batch.num_targets()
+        batch, state = next(loader), loader.state()
+    if num_batches == 0:
+        raise UserError(f"the text holds less than a batch of {len(batch.inputs)} rows; give more text or fewer rows")
+    return num_batches, targets, state
+
+
+def kept_frac(state: dict[str, Any]) -> float:
+    """Of the tokens that had left a loader's buffer when its window of rows began, the share that went into rows.
+
+    state: the loader's, in its second window or later; before the first nothing has left.
+    """
+    waiting = int(state["packer_lengths"].sum() - state["packer_is_part"].sum())  # a part begins with an added BOS
+    return int(state["packer_tokens_kept"]) / (int(state["packer_tokens_in"]) - waiting)
+
+
+def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> float:
+    """Seconds from the first new token of every prompt to the last: decoding without the prefill.
+
+    The engine must have no stop token, so that every row has its full length.
+    """
+    tokens = engine.generate_each(prompts, new_tokens, sampling)
+    first = list(islice(tokens, len(prompts)))
+    began = time.perf_counter()
+    rest = sum(1 for _ in tokens)
+    assert len(first) + rest == len(prompts) * new_tokens
+    return time.perf_counter() - began
