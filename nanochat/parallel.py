@@ -113,10 +113,8 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked, so that clocks tell the truth."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ docs/report.md has the schema), `report.md` (for people) and `loss.png` in `<bas
     python -m nanochat.report setup        note what setting up the environment took (--setup-seconds)
     python -m nanochat.report generate     write the report and copy report.md to the current folder
 
-A record that is damaged, or that judges another model than the one that was trained, is left out, and the report says
+A record that is damaged, or of another model than the one that was trained, is left out, and the report says
 so. Set-up is mostly done already when a run is repeated, so of several times the longest is kept.
 """
 
@@ -41,7 +41,8 @@ from nanochat.common import (
 SCHEMA = 1
 STAGES = ("setup", "tok_train", "base_train", "base_loss", "compression", "chat_sft", "chat_eval")
 TRAINERS = ("base_train", "chat_sft")
-JUDGED = {"base_loss": "base_train", "compression": "base_train", "chat_eval": "chat_sft"}  # by the stage that trains
+# The stage that trains the model which a stage judges or goes on from, in the pipeline's order.
+BUILT_ON = {"base_loss": "base_train", "compression": "base_train", "chat_sft": "base_train", "chat_eval": "chat_sft"}
 HEADING = "# nanochat report"
 Records = dict[str, dict[str, Any]]
 
@@ -54,9 +55,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Namespace]:
     parser = cli.Parser(__doc__)
     if action == "generate":
         parser.flag("--command", str, "", "the command that reproduces this run, shown in the report")
-    if action != "reset":
-        parser.flag("--setup-seconds", cli.non_negative_float, None, "what setting up the environment took")
     if action == "setup":
+        parser.flag("--setup-seconds", cli.non_negative_float, None, "what setting up the environment took")
         parser.check(lambda args: "--setup-seconds: needed" if args.setup_seconds is None else None)
     return action, parser.parse(words)
 
@@ -65,10 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     action, args = parse_args(argv)
     if action == "reset":
         forget()
-        return
-    if args.setup_seconds is not None:
+    elif action == "setup":
         note_setup(args.setup_seconds)
-    if action == "generate":
+    else:
         generate(args.command)
 
 
@@ -138,27 +137,42 @@ def read_records() -> tuple[Records, list[str]]:
             found[path.stem] = read_record(path)
         except UserError as error:
             notes.append(f"{path.stem} is left out: {error}")
-    for name, trainer in JUDGED.items():
-        (judged, judged_at), (trained, trained_at) = (model_of(found.get(stage, {})) for stage in (name, trainer))
-        if judged and trained and (judged != trained or judged_at < trained_at):
-            later = "" if judged != trained else " after that"
-            told = f"it judged {judged}, but {trainer} trained {trained}{later}; run {name} again"
-            notes.append(f"{name} is left out: {told}")
-            del found[name]
+    outdated = set()
+    for name, trainer in BUILT_ON.items():
+        used, trained = model_used(found.get(name, {})), model_trained(found.get(trainer, {}))
+        if trainer in outdated and name in found:
+            told = f"{trainer} is, too"
+        elif used and trained and used != trained:
+            told = f"it used {used}, but {trainer} trained {trained}; run {name} again"
+        elif used and trained and ended(found[name]) < ended(found[trainer]):
+            told = f"it used {used}, but {trainer} trained {trained} after that; run {name} again"
+        else:
+            continue
+        outdated.add(name)
+        notes.append(f"{name} is left out: {told}")
+    for name in outdated:
+        del found[name]
     if not found:
         raise UserError("\n".join([*notes, f"{folder}: no stage has left a record yet; train something first"]))
     known = {name: found[name] for name in STAGES if name in found}
     return known | found, notes
 
 
-def model_of(record: dict[str, Any]) -> tuple[str, str]:
-    """(`base/d4/step_000100`, when): the model that a stage has trained or judged; empty where it does not say."""
-    when = str(record.get("ended", ""))
-    if isinstance(record.get("model"), str):
-        return "/".join(Path(record["model"]).parts[-3:]), when
-    if "metrics" in record and "steps" in record:
-        return "/".join([*Path(record["metrics"]).parts[-3:-1], f"step_{record['steps']:06d}"]), when
-    return "", when
+def model_used(record: dict[str, Any]) -> str:
+    """`base/d4/step_000100`: the model that a stage has judged or gone on from; empty where it does not say."""
+    folder = record.get("model")
+    return "/".join(Path(folder).parts[-3:]) if isinstance(folder, str) else ""
+
+
+def model_trained(record: dict[str, Any]) -> str:
+    """The model that a stage has made, likewise."""
+    if "metrics" not in record or "steps" not in record:
+        return ""
+    return "/".join([*Path(record["metrics"]).parts[-3:-1], f"step_{record['steps']:06d}"])
+
+
+def ended(record: dict[str, Any]) -> str:
+    return str(record.get("ended", ""))
 
 
 def build_report(records: Records, notes: Sequence[str], command: str) -> dict[str, Any]:

@@ -61,8 +61,8 @@ stage() {
 
 stage "set-up"
 bash runs/setup.sh
-setup_seconds=$SECONDS
 python=.venv/bin/python
+$python -m nanochat.report setup --setup-seconds="$SECONDS"
 
 stage "tokenizer"
 $python -m scripts.tok_train --data-dir="$text" "${tok[@]}" --if-missing
@@ -86,7 +86,7 @@ else
 fi
 
 stage "report"
-$python -m nanochat.report generate --command="bash runs/runcpu.sh${1:+ $1}" --setup-seconds="$setup_seconds"
+$python -m nanochat.report generate --command="bash runs/runcpu.sh${1:+ $1}"
 
 stage "an answer"
 $python -m scripts.chat_cli --model-tag=main -p "Hello! Who are you?" --max-tokens=64

@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
-# Make .venv and install nanochat into it. Safe to run again: nothing is done while nothing has changed.
+# Make .venv and install nanochat into it. Safe to run again: nothing is done while nothing has changed, and a run that
+# was cut off goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# The Pythons that pyproject.toml allows: from 3.$lowest up to, not including, 3.$beyond.
+read -r lowest beyond < <(sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)"$/\1 \2/p' pyproject.toml) ||
+    fail 'pyproject.toml has no line requires-python = ">=3.A,<3.B"'
+pythons="Python 3.$lowest to 3.$((beyond - 1))"
+
 usage() {
-    cat <<'HELP'
+    cat <<HELP
 usage: bash runs/setup.sh [EXTRA...]
 
 Makes .venv (python3 -m venv, then pip) and installs torch and nanochat, with the named extras: the names under
 [project.optional-dependencies] in pyproject.toml, for example dev. Extras add up over runs. When neither pyproject.toml
 nor the extras nor the Python have changed since the last run, it ends at once without using the network.
 
-PYTHON=python3.12           the interpreter for a new .venv (3.10 to 3.13)
-NANOCHAT_TORCH_INDEX=URL    where torch comes from (pip's --index-url), for torch only: the index of CPU builds, say
+PYTHON=python3.12           the interpreter for a new .venv ($pythons)
+NANOCHAT_TORCH_INDEX=URL    where torch comes from (pip's --index-url), for torch only: the index of CPU builds, say.
+                            Later runs remember it; another one installs torch anew, an empty one means pip's own
 NANOCHAT_UV=1               use uv in place of venv and pip
 HELP
 }
 
-fail() {
-    printf 'error: %s\n' "$@" >&2
-    exit 2
-}
-
 venv_python=.venv/bin/python
-stamp=.venv/nanochat-setup          # what was installed; written last
-unfinished=.venv/nanochat-unfinished # stands while an installer runs: if we find it, that run was cut off
+stamp=.venv/nanochat-setup           # what was installed; written last
+torch_from=.venv/nanochat-torch      # the index that the installed torch came from; empty: pip's own
+unfinished=.venv/nanochat-unfinished # who is at work ("PID making" or "PID installing"); stays if it is cut off
+log=.venv/nanochat-setup.log         # what the installers said in the last run
 uv_mode=${NANOCHAT_UV:-0}
 
-supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
+supported() {
+    "$1" -c "import sys; sys.exit(not (3, $lowest) <= sys.version_info[:2] < (3, $beyond))" 2>/dev/null
+}
 
 minor() { "$1" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'; }
 
@@ -40,21 +51,22 @@ known_extras() {
 
 # The interpreter for a new .venv: $PYTHON, else the first supported one.
 find_python() {
-    local name
+    local number found=none
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such program"
-        supported "$PYTHON" || fail "PYTHON=$PYTHON is $("$PYTHON" -V 2>&1); nanochat needs Python 3.10 to 3.13"
+        supported "$PYTHON" || fail "PYTHON=$PYTHON is $("$PYTHON" -V 2>&1 | head -1); nanochat needs $pythons"
         echo "$PYTHON"
         return
     fi
-    for name in python3 python3.13 python3.12 python3.11 python3.10 python; do
-        if command -v "$name" >/dev/null && supported "$name"; then
-            echo "$name"
+    for number in 3 $(seq -f '3.%.0f' $((beyond - 1)) -1 "$lowest") ''; do
+        if command -v "python$number" >/dev/null && supported "python$number"; then
+            echo "python$number"
             return
         fi
     done
-    fail "no Python 3.10 to 3.13 found ($(python3 -V 2>&1 || true)); install one (Debian, Ubuntu: apt install python3" \
-        "python3-venv; macOS: brew install python@3.12) or name one with PYTHON=/path/to/python3"
+    ! command -v python3 >/dev/null || found=$(python3 -V 2>&1 | head -1)
+    fail "nanochat needs $pythons, found: $found; install one (Debian, Ubuntu: apt install python3 python3-venv;" \
+        "macOS: brew install python@3.12) or name one with PYTHON=/path/to/python3"
 }
 
 # What the stamp must say for `extras` to be installed: if a line differs, something has changed.
@@ -65,40 +77,107 @@ wanted_stamp() {
     cat pyproject.toml
 }
 
-# Run an installer so that a later run can tell a refused install (pip leaves the old state) from one cut off midway.
-installing() {
-    echo $$ >"$unfinished"
-    local status=0
-    "$@" || status=$?
-    rm -f "$unfinished"
-    [ "$status" -eq 0 ] || fail "this command failed, see above: $*" "run bash runs/setup.sh again to go on from here"
+# A full disk or a network that is not there, if the installers' words in $log tell of one, and what to do.
+known_cause() {
+    local network='NewConnectionError|Failed to establish|Max retries exceeded|timed out|Read ?Timeout|ProxyError'
+    network+='|name resolution|getaddrinfo|not known|Connection(Reset|Refused)?Error|Connection (refused|reset|aborted)'
+    network+='|IncompleteRead|ProtocolError|error sending request|dns error'
+    # A full disk may have had no room for the log either.
+    if grep -qiE 'no space left|disk quota exceeded' "$log" || ! df -Pk .venv | awk 'NR == 2 && $4 < 64 { exit 1 }'; then
+        echo "the disk is full: free some space in $PWD and in ${TMPDIR:-/tmp}, then run bash runs/setup.sh again"
+    elif grep -qiE "$network" "$log" && ! grep -qE 'from versions: [^n]' "$log"; then
+        echo "a package index cannot be reached: look at the network, at pip's settings of proxy and index, and at" \
+            "NANOCHAT_TORCH_INDEX, then run bash runs/setup.sh again"
+    else
+        return 1
+    fi
 }
 
-make_venv() {
-    local python
-    python=$(find_python)
-    echo "making .venv with $("$python" -V)"
-    mkdir -p .venv
-    echo $$ >"$unfinished"
-    if [ "$uv_mode" = 1 ]; then
-        uv venv --quiet --allow-existing --python "$python" .venv
+# The last complaint in $log, else the exit status $1.
+last_complaint() {
+    { grep -E '^ *(ERROR|error): ' "$log" || echo "it ended with exit status $1"; } |
+        { grep -v 'ERROR: Exception:$' || tail -n 1 "$log"; } | tail -n 1 | sed -E 's/^ *(ERROR|error): //'
+}
+
+# What a cut-off installer leaves: records of packages that lack INSTALLER, which is written last, and what pip had put
+# aside to replace a package. With these gone, the packages are installed anew.
+half_installed() {
+    local path
+    for path in .venv/lib/python3*/site-packages/{*.dist-info,~*}; do
+        [ ! -e "$path" ] || [ -e "$path/INSTALLER" ] || echo "$path"
+    done
+}
+
+# Run an installer: on a terminal it shows its progress, its complaints go to $log and come out as one line.
+installing() {
+    local what=$1 status=0
+    shift
+    if [ ! -t 1 ]; then
+        "$@" >>"$log" 2>&1 || status=$?
+    elif [ "$uv_mode" = 1 ]; then
+        "$@" || status=$? # uv shows progress and complaints on one stream
     else
-        "$python" -c 'import ensurepip, venv' 2>/dev/null || {
-            rm -rf .venv
-            fail "$python has no venv module; on Debian and Ubuntu: apt install python3-venv" \
-                "(for a Python that is not the system's own: apt install $(basename "$python")-venv), or NANOCHAT_UV=1"
-        }
-        "$python" -m venv .venv
+        "$@" 2>>"$log" || status=$?
     fi
-    rm -f "$unfinished"
+    [ "$status" -ne 0 ] || return 0
+    [ ! -e "$stamp" ] || [ -n "$(half_installed)" ] || rm -f "$unfinished" # what was there before still holds
+    fail "$what was not installed: $(known_cause || last_complaint "$status") (details: $log)"
 }
 
 pip_install() {
+    local what=$1
+    shift
     if [ "$uv_mode" = 1 ]; then
-        installing uv pip install --quiet --python "$venv_python" "$@"
+        installing "$what" uv pip install --python "$venv_python" "$@"
     else
-        installing "$venv_python" -m pip install --quiet --no-input --disable-pip-version-check "$@"
+        installing "$what" "$venv_python" -m pip install "$@"
     fi
+}
+
+pip_runs() { "$venv_python" -m pip --version >/dev/null 2>&1; }
+
+# pip for .venv, without root. Debian and Ubuntu keep ensurepip in a package of its own, so three other ways follow it:
+# the pip of the interpreter $1, virtualenv and uv.
+get_pip() {
+    local code quiet=(--quiet --ignore-installed)
+    "$venv_python" -m ensurepip --default-pip && return
+    if code=$("$1" -c 'import pip; print(pip.__path__[0])'); then
+        "$venv_python" "$code" install "${quiet[@]}" pip && return
+    fi
+    if command -v virtualenv; then virtualenv --quiet --python "$1" .venv && pip_runs && return; fi
+    if command -v uv; then uv pip install --quiet --python "$venv_python" pip && return; fi
+} >>"$log" 2>&1
+
+# $1: the interpreter that .venv was or will be made with.
+need_pip() {
+    local package
+    rm -rf .venv/lib/python3*/site-packages/pip{,-[0-9]*} # one that does not run keeps installers from bringing another
+    get_pip "$1" || true
+    pip_runs && return
+    package=$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+    fail "there is no pip for .venv: $(known_cause || echo "$1 has no ensurepip, and there is no pip, virtualenv" \
+        "or uv; install one (Debian, Ubuntu: apt install $package), then run bash runs/setup.sh again") (details: $log)"
+}
+
+make_venv() {
+    local python=$1
+    echo "making .venv with $("$python" -V)"
+    if [ "$uv_mode" = 1 ]; then
+        installing .venv uv venv --allow-existing --python "$python" .venv
+    else
+        "$python" -c 'import venv' 2>/dev/null ||
+            fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or set NANOCHAT_UV=1"
+        "$python" -m venv --without-pip .venv >>"$log" 2>&1 ||
+            fail ".venv was not made: $(known_cause || tail -n 1 "$log") (details: $log)"
+        need_pip "$python"
+    fi
+}
+
+hint_at_cpu_builds() {
+    [ "$(uname -sm)" = "Linux x86_64" ] && [ -z "$index" ] && [ ! -e "$torch_from" ] || return 0
+    ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidiactl ] || return 0
+    echo "hint: there is no NVIDIA GPU here, yet torch's usual build for Linux brings several GB of CUDA libraries;" \
+        "to do without, set NANOCHAT_TORCH_INDEX to the index of its CPU builds (bash runs/setup.sh --help)"
 }
 
 case "${1:-}" in -h | --help) usage && exit 0 ;; esac
@@ -107,17 +186,23 @@ for extra in "$@"; do
 done
 [ "$uv_mode" != 1 ] || command -v uv >/dev/null ||
     fail "NANOCHAT_UV=1, but there is no uv here; leave it out to use pip"
-trap 'echo "interrupted; run bash runs/setup.sh again" >&2; exit 130' INT TERM HUP
+exec 3>&2 # the trap may run where stderr is $log
+trap 'echo "interrupted; what is installed is kept: run bash runs/setup.sh again" >&3; exit 130' INT TERM HUP
 
 if [ -e "$unfinished" ]; then
-    other=$(cat "$unfinished")
+    read -r other phase <"$unfinished" || true
     [ -z "$other" ] || ! kill -0 "$other" 2>/dev/null ||
-        fail "another set-up (process $other) is at work in .venv; wait for it, or remove .venv if it is not one"
-    echo "the last set-up was cut off: starting .venv afresh"
-    rm -rf .venv
+        fail "another set-up (process $other) is at work in .venv; wait for it, or remove $unfinished if it is not one"
+    if [ "$phase" = making ]; then
+        echo "the making of .venv was cut off: starting afresh"
+        rm -rf .venv
+    else
+        echo "the last set-up did not finish: going on from there"
+        half_installed | while read -r path; do rm -rf "$path"; done
+    fi
 fi
 if [ -e .venv ] && ! supported "$venv_python"; then
-    fail ".venv has no working Python 3.10 to 3.13: remove it (rm -rf .venv) and run this again"
+    fail ".venv has no working $pythons: remove it (rm -rf .venv) and run this again"
 fi
 if [ -e .venv ] && [ -n "${PYTHON:-}" ]; then
     asked=$(find_python)
@@ -128,24 +213,45 @@ if [ -e .venv ] && [ -n "${PYTHON:-}" ]; then
 fi
 extras=$({ [ ! -e "$stamp" ] || sed -n '1s/^extras: //p' "$stamp" | tr ' ' '\n'; printf '%s\n' "$@"; } |
     { grep . || true; } | sort -u | paste -sd ' ' -)
-if [ -e "$stamp" ] && wanted_stamp "$extras" | cmp -s - "$stamp"; then
+known_index=$(cat "$torch_from" 2>/dev/null || true)
+index=${NANOCHAT_TORCH_INDEX-$known_index}
+if [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$index" = "$known_index" ] &&
+    wanted_stamp "$extras" | cmp -s - "$stamp"; then
     echo ".venv is up to date (extras: ${extras:-none})"
     exit 0
 fi
 
+export PIP_RETRIES="${PIP_RETRIES:-1}" PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+[ -n "${HOME:-}" ] || export PIP_NO_CACHE_DIR=1 # or pip may make a folder named ~
+for folder in . .venv; do
+    [ ! -e "$folder" ] || [ -w "$folder" ] ||
+        fail "$PWD cannot be written to, so .venv cannot be made there; use a copy in a folder of your own"
+done
+phase=installing
+[ -e .venv ] || phase=making
+[ "$phase" = installing ] || python=$(find_python)
+{ mkdir -p .venv && echo "$$ $phase" >"$unfinished" && : >"$log"; } 2>/dev/null ||
+    fail "$PWD/.venv cannot be written: is the disk full?"
+if [ "$phase" = making ]; then
+    make_venv "$python"
+    echo "$$ installing" >"$unfinished"
+elif [ "$uv_mode" != 1 ] && ! pip_runs; then
+    need_pip "$venv_python"
+fi
+
 torch=$(grep -o '"torch[^"]*"' pyproject.toml | head -1 | tr -d '"')
-cat <<TEXT
-Expected downloads into an empty .venv: about 150 MB of packages, and torch: about 200 MB where its CPU build is found
-(macOS, Windows, or with NANOCHAT_TORCH_INDEX set to PyTorch's index of CPU builds), several GB on Linux with the
-default index, whose build brings NVIDIA's CUDA libraries. This may take minutes; what is there already is kept.
-TEXT
-[ -e .venv ] || make_venv
+hint_at_cpu_builds
+echo "what is missing is downloaded: torch (200 MB as a CPU build, several GB with CUDA), 150 MB of other packages"
 echo "installing $torch"
-pip_install ${NANOCHAT_TORCH_INDEX:+--index-url "$NANOCHAT_TORCH_INDEX"} "$torch"
+renewed=
+[ "$index" = "$known_index" ] || renewed=--force-reinstall
+pip_install torch ${index:+--index-url "$index"} ${renewed:+"$renewed"} "$torch"
+echo "$index" >"$torch_from"
 echo "installing nanochat (extras: ${extras:-none})"
-pip_install -e ".${extras:+[${extras// /,}]}"
+pip_install nanochat -e ".${extras:+[${extras// /,}]}"
 wanted_stamp "$extras" >"$stamp.new"
 mv "$stamp.new" "$stamp"
+rm -f "$unfinished"
 torch_version=$("$venv_python" -c 'from importlib.metadata import version; print(version("torch"))')
 echo "done: $("$venv_python" -V), torch $torch_version"
 echo "use it with: source .venv/bin/activate"

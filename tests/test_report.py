@@ -96,7 +96,8 @@ def test_the_report_has_every_documented_key_and_no_other(base_dir: Path) -> Non
 
 def test_the_report_has_the_stages_figures(base_dir: Path, here: Path) -> None:
     write_stages(base_dir)
-    report.main(["generate", "--command=bash runs/x.sh", "--setup-seconds=12.5"])
+    report.main(["setup", "--setup-seconds=12.5"])
+    report.main(["generate", "--command=bash runs/x.sh"])
     figures = made()
     assert (figures["val_bpb"], figures["compressors"]) == (1.4, {"xz": 1.5, "zstd": 1.6})
     assert figures["abilities"]["spelling"] == {"accuracy": 0.93, "n": 500, "interval": [0.90, 0.95]}
@@ -142,11 +143,11 @@ def test_records_of_another_model_are_left_out_and_named(
     figures = made()
     assert (figures["val_bpb"], figures["abilities"]) == (None, {})
     assert figures["notes"] == [
-        "base_loss is left out: it judged base/d4/step_000002, but base_train trained base/d4/step_000004; "
+        "base_loss is left out: it used base/d4/step_000002, but base_train trained base/d4/step_000004; "
         "run base_loss again",
-        "compression is left out: it judged base/other/step_000004, but base_train trained base/d4/step_000004; "
+        "compression is left out: it used base/other/step_000004, but base_train trained base/d4/step_000004; "
         "run compression again",
-        "chat_eval is left out: it judged base/d4/step_000004, but chat_sft trained sft/d4/step_000004; "
+        "chat_eval is left out: it used base/d4/step_000004, but chat_sft trained sft/d4/step_000004; "
         "run chat_eval again",
     ]
     assert capsys.readouterr().out.count("note: ") == 3
@@ -161,6 +162,20 @@ def test_a_record_of_a_model_that_was_trained_anew_since_is_left_out(base_dir: P
     assert made()["compressors"] == {}
     (note,) = made()["notes"]
     assert note.startswith("compression is left out") and "base_train trained base/d4/step_000004 after that" in note
+
+
+def test_fine_tuning_of_another_base_model_is_left_out_with_what_judged_it(base_dir: Path) -> None:
+    write_stages(base_dir)
+    tuned = json.loads(record_path("chat_sft").read_text())
+    write_record("chat_sft", {**tuned, "model": f"{base_dir}/checkpoints/base/other/step_000004"})
+    report.main([])
+    figures = made()
+    assert figures["abilities"] == {} and "chat_sft" not in figures["stages"]
+    assert figures["notes"] == [
+        "chat_sft is left out: it used base/other/step_000004, but base_train trained base/d4/step_000004; "
+        "run chat_sft again",
+        "chat_eval is left out: chat_sft is, too",
+    ]
 
 
 def test_a_base_folder_that_was_moved_holds_the_same_models(base_dir: Path) -> None:
@@ -233,7 +248,8 @@ def test_the_copy_links_the_picture_and_replaces_reports_only(
 
 def test_set_up_is_remembered_and_the_longest_counts(base_dir: Path) -> None:
     report.main(["setup", "--setup-seconds=31"])
-    report.main(["generate", "--setup-seconds=2"])
+    report.main(["setup", "--setup-seconds=2"])
+    report.main(["generate"])
     assert made()["wall_clock_s"] == {"setup": 31, "total": 31}
     report.main(["setup", "--setup-seconds=40"])
     assert report.read_records()[0]["setup"] == {"wall_clock_s": 40}
@@ -256,6 +272,7 @@ def test_a_report_of_nothing_is_refused_and_reset_forgets(base_dir: Path) -> Non
     [
         (["frobnicate"], "frobnicate: choose reset, setup or generate"),
         (["reset", "--command=x", "--setup-seconds=3"], "--command=x: unknown flag"),
+        (["generate", "--setup-seconds=3"], "--setup-seconds=3: unknown flag"),
         (["setup"], "--setup-seconds: needed"),
         (["setup", "--setup-seconds=3", "--command=x"], "--command=x: unknown flag"),
     ],
@@ -324,7 +341,7 @@ def test_a_part_of_the_evaluation_does_not_replace_the_whole(
         record = json.loads(record_path("chat_eval").read_text())
         assert record["flags"]["max_problems"] == record["abilities"]["docs"]["n"] == 2
     assert set(record["abilities"]) == set(ABILITIES)
-    assert report.model_of(record) == ("sft/d2/step_000003", record["ended"])
+    assert report.model_used(record) == "sft/d2/step_000003"
     write_record("chat_eval", {**record, "fingerprint": "of another model"})
     chat_eval.main([*whole, "--max-problems=1"])
     assert json.loads(record_path("chat_eval").read_text())["flags"]["max_problems"] == 1
