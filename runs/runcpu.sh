@@ -49,6 +49,10 @@ case "${1:-}" in
     --help | -h) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: $1: unknown argument; use --smoke, --english, --help or none" >&2; exit 2 ;;
 esac
+{ mkdir -p "$base" && [ -w "$base" ]; } 2>/dev/null || {
+    echo "error: $base: cannot be written to; choose another folder with NANOCHAT_BASE_DIR" >&2
+    exit 2
+}
 export NANOCHAT_BASE_DIR="$base"
 
 number=0

@@ -234,17 +234,20 @@ def test_the_main_script_names_an_argument_that_it_does_not_know(words: list[str
     assert not base_dir.exists()
 
 
-def test_the_main_script_needs_a_place_for_its_results() -> None:
-    result = subprocess.run(
-        ["bash", "runs/runcpu.sh"],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        timeout=60,
-        env={"PATH": os.environ["PATH"]},
-    )
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: neither HOME nor NANOCHAT_BASE_DIR is set\n"
+@pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        ({}, "neither HOME nor NANOCHAT_BASE_DIR is set"),
+        (
+            {"HOME": "/dev/null"},
+            "/dev/null/.cache/nanochat: cannot be written to; choose another folder with NANOCHAT_BASE_DIR",
+        ),
+    ],
+)
+def test_the_main_script_needs_a_place_for_its_results(env: dict[str, str], told: str) -> None:
+    env["PATH"] = os.environ["PATH"]
+    result = subprocess.run(["bash", "runs/runcpu.sh"], capture_output=True, text=True, cwd=REPO, timeout=60, env=env)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {told}\n")
 
 
 def test_no_line_of_a_script_is_longer_than_the_style_allows() -> None:
