@@ -44,6 +44,7 @@ from nanochat.phrasings import COUNT, ENDINGS, EXPLAIN, FRAMES, OPENINGS, ORDERS
 SPLITS = ("train", "val", "test")
 VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
 EMBEDDED_FRAC = 0.15  # of the questions trained on, that have an opening; as many have an ending
+NOISY_FRAC, CHANGED_FRAC = 0.4, 0.12  # of the questions about itself; of their words, missing, and as many too many
 Content = str | list[Part]
 
 
@@ -113,14 +114,14 @@ def _casually(rng: Random, question: str) -> str:
     return question.rstrip("?.!") if rng.random() < 0.2 and question[-1] in "?.!" else question
 
 
-def _embedded(rng: Random, split: str, question: str) -> str:
-    """In training, some questions stand among words that have nothing to do with them."""
-    question = _casually(rng, question)
+def _typed(rng: Random, split: str, template: str) -> str:
+    """A question as people type it; in training, some stand among words that have nothing to do with them."""
+    text = _casually(rng, template)
     if split != "train":
-        return question
+        return text
     opening = rng.choice(OPENINGS) if rng.random() < EMBEDDED_FRAC else ""
     ending = rng.choice(ENDINGS) if rng.random() < EMBEDDED_FRAC else ""
-    return opening + question + ending
+    return opening + text + ending
 
 
 # Spelling and counting ------------------------------------------------------------------------------------------
@@ -146,8 +147,8 @@ class Spelling:
     def conversation(self, split: str, index: int) -> Conversation:
         rng = _rng(self.name, split, index)
         word = rng.choice(words(split))
-        question = rng.choice(SPELL[split]).replace("{w}", _quoted(rng, word))
-        return _conversation(self.name, _embedded(rng, split, question), f"It is spelled {' '.join(word)}")
+        question = _typed(rng, split, rng.choice(SPELL[split])).replace("{w}", _quoted(rng, word))
+        return _conversation(self.name, question, f"It is spelled {' '.join(word)}")
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _spelled_word(answer_text(reply)) == _spelled_word(_reference(conversation))
@@ -177,8 +178,8 @@ class Counting:
         template = rng.choice(COUNT[split])
         is_plural = re.search(r"\{l\}'?s", template) is not None  # "how many a's", never "how many 'a''s"
         shown = letter if is_plural else _quoted(rng, letter)
-        question = template.replace("{w}", _quoted(rng, word)).replace("{l}", shown)
-        return _conversation(self.name, _embedded(rng, split, question), _with_tool(f" '{word}'.count('{letter}')"))
+        question = _typed(rng, split, template).replace("{w}", _quoted(rng, word)).replace("{l}", shown)
+        return _conversation(self.name, question, _with_tool(f" '{word}'.count('{letter}')"))
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _ends_in_same_number(conversation, reply)
@@ -199,7 +200,7 @@ class Arithmetic:
         a, b = _operands(rng, sign)
         while split_of(f"{min(a, b)} {max(a, b)}") != split:  # who has seen 24*37 knows 37*24
             a, b = _operands(rng, sign)
-        question = _embedded(rng, split, _asked(rng, split, a, sign, b))
+        question = _asked(rng, split, sign).replace("{a}", str(a)).replace("{b}", str(b))
         return _conversation(self.name, question, _with_tool(f"{a}{sign}{b}"))
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
@@ -215,16 +216,18 @@ def _operands(rng: Random, sign: str) -> tuple[int, int]:
     return a, b
 
 
-def _asked(rng: Random, split: str, a: int, sign: str, b: int) -> str:
+def _asked(rng: Random, split: str, sign: str) -> str:
+    """A question about {a} and {b}."""
     phrases, orders = WORDINGS[sign]
     way = rng.random()
     if way < 0.25:
-        text = rng.choice(ORDERS[split]).replace("{e}", rng.choice(orders))
-        text = text[0].upper() + text[1:]
+        text, expression = rng.choice(ORDERS[split]), rng.choice(orders)
+        if text.startswith("{e}"):
+            expression = expression[0].upper() + expression[1:]
     else:
         symbols = (f"{{a}}{sign}{{b}}", f"{{a}} {sign} {{b}}")
-        text = rng.choice(FRAMES[split]).replace("{e}", rng.choice(symbols if way < 0.65 else phrases))
-    return text.replace("{a}", str(a)).replace("{b}", str(b))
+        text, expression = rng.choice(FRAMES[split]), rng.choice(symbols if way < 0.65 else phrases)
+    return _typed(rng, split, text).replace("{e}", expression)
 
 
 # Docstrings -----------------------------------------------------------------------------------------------------
@@ -252,8 +255,8 @@ class Docs:
     def conversation(self, split: str, index: int) -> Conversation:
         rng = _rng(self.name, split, index)
         name, sentence = rng.choice(docstrings(split))
-        question = rng.choice(EXPLAIN[split]).replace("{n}", f"`{name}`" if rng.random() < 0.5 else name)
-        return _conversation(self.name, _embedded(rng, split, question), sentence)
+        shown = f"`{name}`" if rng.random() < 0.5 else name
+        return _conversation(self.name, _typed(rng, split, rng.choice(EXPLAIN[split])).replace("{n}", shown), sentence)
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return word_f1(answer_text(reply), _reference(conversation)) >= MIN_F1
@@ -285,13 +288,30 @@ class Identity:
     def conversation(self, split: str, index: int) -> Conversation:
         rng = _rng(self.name, split, index)
         fact = rng.choice(read_facts())
-        question = _mistyped(rng, _casually(rng, rng.choice(fact.questions[split])))
+        question = rng.choice(fact.questions[split])
+        question = _mistyped(rng, _typed(rng, split, _noisy(rng, question) if split == "train" else question))
         return _conversation(self.name, question.lower() if rng.random() < 0.2 else question, fact.answer)
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         wanted, given = _reference(conversation), answer_text(reply)
         fact = next(fact for fact in read_facts() if fact.answer == wanted)
         return fact.accepts(given) and word_f1(given, wanted) >= MIN_F1
+
+
+def _noisy(rng: Random, question: str) -> str:
+    """Some questions lack words and have others too many (random deletion and insertion: Wei and Zou 2019, "EDA")."""
+    if rng.random() >= NOISY_FRAC:
+        return question
+    kept = [word for word in question.split() if rng.random() >= CHANGED_FRAC] or [question]
+    for _ in range(sum(rng.random() < CHANGED_FRAC for _ in kept)):
+        kept.insert(rng.randrange(len(kept) + 1), rng.choice(_words_of_questions()))
+    return " ".join(kept)
+
+
+@cache
+def _words_of_questions() -> tuple[str, ...]:
+    texts = [question for fact in read_facts() for question in fact.questions["train"]]
+    return tuple(sorted({word for text in texts for word in text.split()}))
 
 
 def _mistyped(rng: Random, question: str) -> str:
@@ -308,7 +328,7 @@ def _mistyped(rng: Random, question: str) -> str:
 ABILITIES: dict[str, Ability] = {
     ability.name: ability for ability in (Spelling(), Counting(), Arithmetic(), Docs(), Identity())
 }
-WEIGHTS: Mapping[str, float] = {"spelling": 6, "counting": 2, "arithmetic": 2, "docs": 1, "identity": 2}
+WEIGHTS: Mapping[str, float] = {"spelling": 6, "counting": 3, "arithmetic": 2, "docs": 1, "identity": 5}
 GREETED_FRAC = 0.1  # of the conversations of a mixture, which begin with an exchange of greetings
 
 

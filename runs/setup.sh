@@ -83,7 +83,8 @@ known_cause() {
     network+='|name resolution|getaddrinfo|not known|Connection(Reset|Refused)?Error|Connection (refused|reset|aborted)'
     network+='|IncompleteRead|ProtocolError|error sending request|dns error'
     # A full disk may have had no room for the log either.
-    if grep -qiE 'no space left|disk quota exceeded' "$log" || ! df -Pk .venv | awk 'NR == 2 && $4 < 64 { exit 1 }'; then
+    if grep -qiE 'no space left|disk quota exceeded' "$log" ||
+        ! df -Pk .venv | awk 'NR == 2 && $4 < 64 { exit 1 }'; then
         echo "the disk is full: free some space in $PWD and in ${TMPDIR:-/tmp}, then run bash runs/setup.sh again"
     elif grep -qiE "$network" "$log" && ! grep -qE 'from versions: [^n]' "$log"; then
         echo "a package index cannot be reached: look at the network, at pip's settings of proxy and index, and at" \
@@ -166,7 +167,8 @@ make_venv() {
         installing .venv uv venv --allow-existing --python "$python" .venv
     else
         "$python" -c 'import venv' 2>/dev/null ||
-            fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or set NANOCHAT_UV=1"
+            fail "$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or" \
+                "set NANOCHAT_UV=1"
         "$python" -m venv --without-pip .venv >>"$log" 2>&1 ||
             fail ".venv was not made: $(known_cause || tail -n 1 "$log") (details: $log)"
         need_pip "$python"

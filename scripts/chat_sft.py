@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             flops_per_token=model.flops_per_token(),
             time_budget_s=args.time_budget,
         )
-        record.update(model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values()))
+        record.update(
+            model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values())
+        )
         for step in loop:
             if step.due(args.save_every) or step.last:
                 with step.paused():
