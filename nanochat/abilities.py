@@ -288,8 +288,10 @@ class Identity:
     def conversation(self, split: str, index: int) -> Conversation:
         rng = _rng(self.name, split, index)
         fact = rng.choice(read_facts())
-        question = rng.choice(fact.questions[split])
-        question = _mistyped(rng, _typed(rng, split, _noisy(rng, question) if split == "train" else question))
+        wording = rng.choice(fact.questions[split])
+        question = _mistyped(rng, _typed(rng, split, _noisy(rng, wording) if split == "train" else wording))
+        if split == "train" and _plain(question) in _held_out():
+            question = wording
         return _conversation(self.name, question.lower() if rng.random() < 0.2 else question, fact.answer)
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
@@ -312,6 +314,17 @@ def _noisy(rng: Random, question: str) -> str:
 def _words_of_questions() -> tuple[str, ...]:
     texts = [question for fact in read_facts() for question in fact.questions["train"]]
     return tuple(sorted({word for text in texts for word in text.split()}))
+
+
+def _plain(question: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", question.lower()))
+
+
+@cache
+def _held_out() -> frozenset[str]:
+    return frozenset(
+        _plain(text) for fact in read_facts() for split in ("val", "test") for text in fact.questions[split]
+    )
 
 
 def _mistyped(rng: Random, question: str) -> str:
