@@ -1,6 +1,6 @@
 """Conversations made by rule: five abilities that a small model can learn in minutes, each with a judge.
 
-    spelling     How do you spell banana?             It is spelled b a n a n a
+    spelling     How do you spell banana?             The word 'banana' is spelled b a n a n a
     counting     How many a are in 'banana'?          [ 'banana'.count('a')] -> [3] The answer is 3.
     arithmetic   What is 37*24?                       [37*24] -> [888] The answer is 888.
     docs         What does `os.path.join` do?         Join two or more pathname components, inserting '/' as needed.
@@ -20,7 +20,9 @@ parts only, never at tool calls and outputs.
 Why the answers look as they do. A vocabulary learned from the library has a token for each of ` a` to ` z` (from 2,048
 entries on; with `-` or `,` between the letters most would take two), so a spelled word is one token per letter, the
 first letter included because a space stands before it. The call ` 'table'.count('t')` begins with a space so that the
-split pattern sees a quote and `table`, as in a question, and not the contraction `'t`. Answers are short, calls come
+split pattern sees a quote and `table`, as in a question, and not the contraction `'t`. A spelling repeats the word in
+the same quotes before its letters: finding the word is then one skill for both, and its letters follow from what stands
+next to them (+4 % of the answers right, dev/LOG.md 2026-11-21). Answers are short, calls come
 first, and one sentence ends both kinds of tool use: a small model has little to learn but the skill.
 """
 
@@ -43,7 +45,7 @@ from nanochat.phrasings import COUNT, ENDINGS, EXPLAIN, FRAMES, OPENINGS, ORDERS
 
 SPLITS = ("train", "val", "test")
 VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
-EMBEDDED_FRAC = 0.15  # of the questions trained on, that have an opening; as many have an ending
+EMBEDDED_FRAC = 0.2  # of the questions trained on, that have an opening; as many have an ending
 NOISY_FRAC, CHANGED_FRAC = 0.4, 0.12  # of the questions about itself; of their words, missing, and as many too many
 Content = str | list[Part]
 
@@ -148,7 +150,7 @@ class Spelling:
         rng = _rng(self.name, split, index)
         word = rng.choice(words(split))
         question = _typed(rng, split, rng.choice(SPELL[split])).replace("{w}", _quoted(rng, word))
-        return _conversation(self.name, question, f"It is spelled {' '.join(word)}")
+        return _conversation(self.name, question, f"The word '{word}' is spelled {' '.join(word)}")
 
     def judge(self, conversation: Conversation, reply: Content) -> bool:
         return _spelled_word(answer_text(reply)) == _spelled_word(_reference(conversation))
@@ -341,7 +343,7 @@ def _mistyped(rng: Random, question: str) -> str:
 ABILITIES: dict[str, Ability] = {
     ability.name: ability for ability in (Spelling(), Counting(), Arithmetic(), Docs(), Identity())
 }
-WEIGHTS: Mapping[str, float] = {"spelling": 6, "counting": 3, "arithmetic": 2, "docs": 1, "identity": 5}
+WEIGHTS: Mapping[str, float] = {"spelling": 5, "counting": 3, "arithmetic": 2, "docs": 1, "identity": 6}
 GREETED_FRAC = 0.1  # of the conversations of a mixture, which begin with an exchange of greetings
 
 

@@ -66,6 +66,14 @@ class Conversation(_Messages, total=False):
     test: str
 
 
+def conversation_text(conversation: Conversation) -> str:
+    """Everything that is said, a line for each message or part of one."""
+    contents = [message["content"] for message in conversation["messages"]]
+    return "\n".join(
+        content if isinstance(content, str) else "\n".join(part["text"] for part in content) for content in contents
+    )
+
+
 # Checking -------------------------------------------------------------------------------------------------------
 
 

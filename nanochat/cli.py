@@ -356,6 +356,7 @@ def add_architecture_flags(parser: Parser) -> None:
     parser.flag("--softcap", non_negative_float, known.softcap, "logit cap, 0 off")
     parser.switch("--doc-mask", "attention and positions stop at document borders")
     parser.switch("--no-qk-norm", "without the norm on queries and keys")
+    parser.switch("--no-key-offset", "without the previous position's key in half of each key (laws: nanochat)")
     parser.switch("--no-value-embeddings", "without value embeddings")
     parser.switch("--no-smear", "without mixing in the previous token")
     parser.switch("--no-backout", "without taking out the middle layer")
@@ -366,7 +367,10 @@ def architecture_switches(args: argparse.Namespace) -> dict[str, Any]:
     """The given switches as fields of `ModelConfig`."""
     same_name = ("layer_pattern", "window_pattern", "residual", "mlp_activation", "softcap", "doc_mask", "tied_head")
     off = ("qk_norm", "value_embeddings", "smear", "backout")
-    return {name: getattr(args, name) for name in same_name} | {name: not getattr(args, f"no_{name}") for name in off}
+    switches = {name: getattr(args, name) for name in same_name} | {
+        name: not getattr(args, f"no_{name}") for name in off
+    }
+    return switches | ({"key_offset": False} if args.no_key_offset else {})
 
 
 def report(rows: dict[str, tuple[object, bool]]) -> None:

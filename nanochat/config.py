@@ -49,6 +49,7 @@ class ModelConfig:
     rope_base: float = 100_000.0
     qk_norm: bool = True
     qk_scale: float = 1.2  # q and k are both multiplied by this after their norm
+    key_offset: bool = False  # half of each key is the previous position's
     softcap: float = 15.0  # logits become softcap * tanh(logits / softcap); 0 turns it off
     value_embeddings: bool = True
     smear: bool = True
@@ -71,6 +72,8 @@ class ModelConfig:
                 yield f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}; give another --head-dim"
             elif self.head_dim % 2:
                 yield f"--head-dim={self.head_dim}: {EVEN_HEAD_DIM}"
+            elif self.key_offset and self.head_dim % 4:
+                yield f"--head-dim={self.head_dim}: must be a multiple of 4 for offset keys, or --no-key-offset"
             if self.n_head % self.n_kv_head:
                 yield f"n_head={self.n_head}: must be a multiple of n_kv_head={self.n_kv_head}"
         for flag, kind, value in (

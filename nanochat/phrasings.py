@@ -3,21 +3,28 @@
 {w} stands for a word, {l} for a letter, {e} for an expression, {n} for a dotted name; a word or letter may be quoted.
 A model of this size understands little more than wordings close to those it was trained on, hence so many, and hence
 the openings and endings that may stand around any question. The test's wordings of words, letters and facts were
-written by somebody who had not read any others, so were the validation's, and three more people's are in training; a
-wording of two splits, but for words like "please" and "the word", was left to training, or, if it is old, to the test.
+written by somebody who had not read any others, and so were the validation's. A wording that training shared with
+validation stays in training, one that training shared with the test in the test, words like "please" set aside.
 """
 
 OPENINGS = (  # of some questions of the training side
     "Hi, ", "Hello! ", "Hey there, ", "Hey, ", "Good morning. ", "Good evening, ", "Hello again. ", "OK, ",
     "Okay, so ", "So, ", "Well, ", "And now: ", "Next question: ", "Another one: ", "One more thing: ",
-    "By the way, ", "Alright, ", "Thanks. And ", "Great, thank you! ", "Quick question: ", "I have a question. ",
-    "Sorry to bother you. ", "Can you help me? ", "Excuse me, ",
+    "By the way, ", "Alright, ", "Thanks. And ", "Great, thank you! ", "I have a question. ", "Sorry to bother you. ",
+    "Can you help me? ", "Excuse me, ", "Please ", "Please, ", "please: ", "yo ", "hm, ", "Right, ", "And ", "But ",
+    "This one is hard for me: ", "I forget this every time: ", "Maybe you know: ", "My teacher asked me this: ",
+    "It says here: ", "For school: ", "For work, ", "A friend wants to know: ", "My sister asks: ", "We had a bet. ",
+    "I was wondering, ", "Let me think. ", "Now something else. ", "Here is my question - ", "No idea myself, so: ",
+    "I wrote it down wrong before, ", "It has been a long day. ", "Last one for today: ",
 )  # fmt: skip
 ENDINGS = (
     " Thanks!", " Thank you.", " Thanks a lot!", " Thank you very much!", " Many thanks in advance.",
     " Please help me.", " Please be quick.", " I'm in a hurry.", " I really need to know.", " It's for my homework.",
     " I forgot.", " I'm not sure about it.", " Just curious.", " Can you tell me?", " A short answer is fine.",
-    " That would help me a lot.",
+    " That would help me a lot.", " please", ", please", " plz", " thx", ", thanks", " now", " for me", " asap",
+    " again", ", can you help?", ", do you know?", ", would you?", ", ok?", ", if you can", " - any idea?",
+    " My brother says he knows.", " I have 5 minutes.", " We need it here.", " I tried it myself already.",
+    " You are my last hope.", " Take your time.", " No hurry.", " That is all.",
 )  # fmt: skip
 SPELL = {
     "train": (

@@ -160,7 +160,7 @@ def read_records() -> tuple[Records, list[str]]:
 
 def model_used(record: dict[str, Any]) -> str:
     """`base/d4/step_000100`: the model that a stage has judged or gone on from; empty where it does not say."""
-    folder = record.get("model")
+    folder = record.get("base_model", record.get("model"))
     return "/".join(Path(folder).parts[-3:]) if isinstance(folder, str) else ""
 
 

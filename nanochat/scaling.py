@@ -6,7 +6,8 @@
 
 Two sets of laws. `reference` is the ancestor's, number for number (pretraining spec 5). `nanochat`, the default,
 differs where the reference contradicts itself: batch size and weight decay follow the real horizon, short runs get a
-complete schedule, and small models get a small vocabulary. All constants of the dial stand in this file alone.
+complete schedule, small models get a small vocabulary, and keys are offset. All constants of the dial stand in this
+file alone.
 """
 
 import math
@@ -35,13 +36,14 @@ class Laws:
     scale_vocab: vocabulary grows with depth. follow_horizon: batch and decay use the real number of tokens.
     fit_short_runs: warm-ups are at most a fraction of the run. small_batch_exponent: learning rates go with this power
     of the batch below the reference's; 0.5 costs 0.27 bits per byte at 4,096 tokens, where depths 2 and 4 want 8 times
-    the rates it gives (dev/LOG.md 2026-11-21).
+    the rates it gives (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`.
     """
 
     scale_vocab: bool
     follow_horizon: bool
     fit_short_runs: bool
     small_batch_exponent: float
+    key_offset: bool
 
     def lr_scale(self, batch_tokens: int) -> float:
         """Factor on all learning rates: the square root of the batch above the reference's."""
@@ -49,7 +51,7 @@ class Laws:
         return ratio ** (0.5 if ratio >= 1 else self.small_batch_exponent)
 
 
-LAWS = {"nanochat": Laws(True, True, True, 0.1), "reference": Laws(False, False, False, 0.5)}
+LAWS = {"nanochat": Laws(True, True, True, 0.1, True), "reference": Laws(False, False, False, 0.5, False)}
 
 
 def vocab_size_for(depth: int, laws: str = "nanochat") -> int:
@@ -72,6 +74,7 @@ def model_config(
     **switches: object,
 ) -> ModelConfig:
     """The model of a depth: width is depth * aspect_ratio, up to whole heads. `switches` are ModelConfig fields."""
+    switches.setdefault("key_offset", LAWS[laws].key_offset)
     heads = -(-depth * aspect_ratio // head_dim)
     return ModelConfig(
         sequence_len=sequence_len,

@@ -8,7 +8,8 @@
 #                                     sft/ of $NANOCHAT_TEST_DATA (default ../shared/data)
 #
 # Interrupted and run again, it continues where it was. Results go to $NANOCHAT_BASE_DIR (default ~/.cache/nanochat):
-# the main job's there, the others' in its folders smoke/ and english/; models bear the tag "main".
+# the main job's there, the others' in its folders smoke/ and english/; models bear the tag "main". To start anew,
+# remove tokenizer/ and checkpoints/ from there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Freed memory is kept: on a virtual machine page faults were a tenth of the time of training.
@@ -16,21 +17,23 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 
 [ -n "${NANOCHAT_BASE_DIR:-}${HOME:-}" ] || { echo "error: neither HOME nor NANOCHAT_BASE_DIR is set" >&2; exit 2; }
 base="${NANOCHAT_BASE_DIR:-${HOME:-}/.cache/nanochat}"
+[[ $base != "~/"* ]] || base="${HOME:-}/${base#"~/"}"
 text=stdlib conversations=abilities
-tok=(--vocab-size=2048 --doc-cap=1000000 --max-chars=50000000)
+tok=(--vocab-size=2048 --max-chars=50000000)
 main=(--depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=512 --total-batch-size=4096
     --time-budget=200 --eval-every=200)
-chat=(--total-batch-size=2048 --time-budget=520 --eval-every=500 --num-generated=150000)
+chat=(--total-batch-size=2048 --time-budget=520 --eval-every=500)
 loss=(--compare-compressors) questions=500
 seconds=(30 5 215 45 545 25 5 10) # what each stage takes on two cores
 [ "$#" -le 1 ] || { echo "error: $2: unknown argument; use --smoke, --english, --help or none" >&2; exit 2; }
 case "${1:-}" in
-    "") ;;
+    "")
+        tok+=(--doc-cap=1000000 --chat-data=abilities)
+        chat+=(--num-generated=150000)
+        ;;
     --english)
         data="${NANOCHAT_TEST_DATA:-../shared/data}"
         base="$base/english" text="$data/pretrain" conversations="$data/sft"
-        tok=(--vocab-size=2048 --max-chars=50000000)
-        chat=(--total-batch-size=2048 --time-budget=520 --eval-every=500)
         loss+=(--split-tokens=400000)
         seconds=(30 30 215 45 545 0 5 5)
         for folder in "$text" "$conversations"; do
@@ -47,7 +50,7 @@ case "${1:-}" in
         loss=(--split-tokens=65536) questions=50
         seconds=(30 5 30 5 25 15 5 10)
         ;;
-    --help | -h) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help | -h) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "error: $1: unknown argument; use --smoke, --english, --help or none" >&2; exit 2 ;;
 esac
 { mkdir -p "$base" && [ -w "$base" ]; } 2>/dev/null || {
@@ -67,6 +70,8 @@ stage() {
 stage "set-up"
 bash runs/setup.sh
 python=.venv/bin/python
+again="not finished: run it again to go on, or remove tokenizer/ and checkpoints/ from $base to start anew"
+trap '[ "$?" = 0 ] || printf "\n%s\n" "$again" >&2' EXIT
 $python -m nanochat.report setup --setup-seconds="$SECONDS"
 
 stage "tokenizer"

@@ -104,8 +104,9 @@ last_complaint() {
 # aside to replace a package. With these gone, the packages are installed anew.
 half_installed() {
     local path
-    for path in .venv/lib/python3*/site-packages/{*.dist-info,~*}; do
-        [ ! -e "$path" ] || [ -e "$path/INSTALLER" ] || echo "$path"
+    for path in .venv/lib/python3*/site-packages/{~*,[!~]*.dist-info}; do
+        case "$path" in */site-packages/\~*) ;; *) [ ! -e "$path/INSTALLER" ] || continue ;; esac
+        [ ! -e "$path" ] || echo "$path"
     done
 }
 
@@ -122,7 +123,9 @@ installing() {
     fi
     [ "$status" -ne 0 ] || return 0
     [ ! -e "$stamp" ] || [ -n "$(half_installed)" ] || rm -f "$unfinished" # what was there before still holds
-    fail "$what was not installed: $(known_cause || last_complaint "$status") (details: $log)"
+    local details="(details: $log)"
+    [ -s "$log" ] || details="(see above)"
+    fail "$what was not installed: $(known_cause || last_complaint "$status") $details"
 }
 
 pip_install() {
@@ -175,6 +178,26 @@ make_venv() {
     fi
 }
 
+check_writable() {
+    local folder
+    for folder in . .venv; do
+        [ ! -e "$folder" ] || [ -w "$folder" ] ||
+            fail "$PWD cannot be written to, so .venv cannot be made there; use a copy in a folder of your own"
+    done
+}
+
+# Whether process $1 is another set-up; ids are used again.
+is_set_up() {
+    [ "$1" != "$$" ] && kill -0 "$1" 2>/dev/null &&
+        { cat "/proc/$1/cmdline" 2>/dev/null || ps -p "$1" -o args= 2>/dev/null; } | grep -qa 'setup\.sh'
+}
+
+# Write $2 to the file $1, whole or not at all.
+note() {
+    { printf '%s\n' "$2" >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null ||
+        fail "$PWD/$1 cannot be written: is the disk full?"
+}
+
 hint_at_cpu_builds() {
     [ "$(uname -sm)" = "Linux x86_64" ] && [ -z "$index" ] && [ ! -e "$torch_from" ] || return 0
     ! command -v nvidia-smi >/dev/null && [ ! -e /dev/nvidiactl ] || return 0
@@ -193,8 +216,9 @@ trap 'echo "interrupted; what is installed is kept: run bash runs/setup.sh again
 
 if [ -e "$unfinished" ]; then
     read -r other phase <"$unfinished" || true
-    [ -z "$other" ] || ! kill -0 "$other" 2>/dev/null ||
-        fail "another set-up (process $other) is at work in .venv; wait for it, or remove $unfinished if it is not one"
+    [ -z "$other" ] || ! is_set_up "$other" ||
+        fail "another set-up (process $other) is at work in .venv; wait for it, or end it and run this again"
+    check_writable
     if [ "$phase" = making ]; then
         echo "the making of .venv was cut off: starting afresh"
         rm -rf .venv
@@ -203,19 +227,20 @@ if [ -e "$unfinished" ]; then
         half_installed | while read -r path; do rm -rf "$path"; done
     fi
 fi
+known_index=$(cat "$torch_from" 2>/dev/null || true)
+anew="rm -rf .venv, then run this again${known_index:+ with NANOCHAT_TORCH_INDEX=$known_index}"
 if [ -e .venv ] && ! supported "$venv_python"; then
-    fail ".venv has no working $pythons: remove it (rm -rf .venv) and run this again"
+    fail ".venv has no working $pythons: $anew"
 fi
 if [ -e .venv ] && [ -n "${PYTHON:-}" ]; then
     asked=$(find_python)
     asked=$(minor "$asked")
     present=$(minor "$venv_python")
     [ "$asked" = "$present" ] ||
-        fail "PYTHON=$PYTHON is $asked, the present .venv has $present: rm -rf .venv, then run this again"
+        fail "PYTHON=$PYTHON is $asked, the present .venv has $present: $anew"
 fi
 extras=$({ [ ! -e "$stamp" ] || sed -n '1s/^extras: //p' "$stamp" | tr ' ' '\n'; printf '%s\n' "$@"; } |
     { grep . || true; } | sort -u | paste -sd ' ' -)
-known_index=$(cat "$torch_from" 2>/dev/null || true)
 index=${NANOCHAT_TORCH_INDEX-$known_index}
 if [ -e "$stamp" ] && [ ! -e "$unfinished" ] && [ "$index" = "$known_index" ] &&
     wanted_stamp "$extras" | cmp -s - "$stamp"; then
@@ -225,18 +250,16 @@ fi
 
 export PIP_RETRIES="${PIP_RETRIES:-1}" PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 [ -n "${HOME:-}" ] || export PIP_NO_CACHE_DIR=1 # or pip may make a folder named ~
-for folder in . .venv; do
-    [ ! -e "$folder" ] || [ -w "$folder" ] ||
-        fail "$PWD cannot be written to, so .venv cannot be made there; use a copy in a folder of your own"
-done
+check_writable
 phase=installing
 [ -e .venv ] || phase=making
 [ "$phase" = installing ] || python=$(find_python)
-{ mkdir -p .venv && echo "$$ $phase" >"$unfinished" && : >"$log"; } 2>/dev/null ||
-    fail "$PWD/.venv cannot be written: is the disk full?"
+mkdir -p .venv 2>/dev/null || true # the next line says why
+note "$unfinished" "$$ $phase"
+: >"$log"
 if [ "$phase" = making ]; then
     make_venv "$python"
-    echo "$$ installing" >"$unfinished"
+    note "$unfinished" "$$ installing"
 elif [ "$uv_mode" != 1 ] && ! pip_runs; then
     need_pip "$venv_python"
 fi
@@ -248,11 +271,10 @@ echo "installing $torch"
 renewed=
 [ "$index" = "$known_index" ] || renewed=--force-reinstall
 pip_install torch ${index:+--index-url "$index"} ${renewed:+"$renewed"} "$torch"
-echo "$index" >"$torch_from"
+note "$torch_from" "$index"
 echo "installing nanochat (extras: ${extras:-none})"
 pip_install nanochat -e ".${extras:+[${extras// /,}]}"
-wanted_stamp "$extras" >"$stamp.new"
-mv "$stamp.new" "$stamp"
+note "$stamp" "$(wanted_stamp "$extras")"
 rm -f "$unfinished"
 torch_version=$("$venv_python" -c 'from importlib.metadata import version; print(version("torch"))')
 echo "done: $("$venv_python" -V), torch $torch_version"

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rt.check_can_train()
         # The dial: a model of this depth, and the plan that its size and horizon ask for
         shape = {"sequence_len": args.max_seq_len, "aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim}
-        shape |= cli.architecture_switches(args)
+        shape |= {"laws": args.laws} | cli.architecture_switches(args)
         config = scaling.model_config(args.depth, tokenizer.vocab_size, **shape)
         reference = scaling.model_config(scaling.REFERENCE_DEPTH, tokenizer.vocab_size, **shape)
         expected_flops = args.time_budget * rt.expected_flops if args.time_budget else args.target_flops

@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from nanochat import cli
 from nanochat.common import prepare_process, print0, record_stage
 
-NUM_GENERATED, NUM_GENERATED_VAL = 40_000, 500
-
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     parser.flag("--data", str, "abilities", "jsonl of conversations, a folder of them, or abilities: generated ones")
-    parser.flag("--num-generated", cli.positive_int, None, "how many --data=abilities makes; else 40,000")
+    parser.flag("--num-generated", cli.positive_int, None, "how many --data=abilities makes; else 60,000")
     parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
     parser.flag("--num-epochs", cli.positive_float, None, "passes over the conversations; else one")
@@ -43,9 +41,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     prepare_process(args.offline)
-    from pathlib import Path
-
-    from nanochat.abilities import mixture
     from nanochat.checkpoint import find_checkpoint
     from nanochat.evals.bpb import evaluate_bpb
     from nanochat.loader import ConversationLoader
@@ -56,12 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.train.metrics import open_loggers
     from nanochat.train.run import Run
     from nanochat.train.step import train_step
-    from tasks.common import hold_out, load_conversations
+    from tasks.common import training_conversations
 
-    if args.data == "abilities":
-        train_set, val_set = mixture(args.num_generated or NUM_GENERATED), mixture(NUM_GENERATED_VAL, split="val")
-    else:
-        train_set, val_set = hold_out(load_conversations(Path(args.data)), one_in=50)
+    train_set, val_set = training_conversations(args.data, args.num_generated)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt, record_stage("chat_sft") as record:
@@ -114,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             time_budget_s=args.time_budget,
         )
         record.update(
-            model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values())
+            base_model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values())
         )
         for step in loop:
             if step.due(args.save_every) or step.last:

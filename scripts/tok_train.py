@@ -3,8 +3,11 @@
     python -m scripts.tok_train --data-dir=FOLDER
     python -m scripts.tok_train --data-dir=FOLDER --depth=4          # the smaller vocabulary of a small model
     python -m scripts.tok_train --data-dir=FOLDER --vocab-size=4096 --overwrite
+    python -m scripts.tok_train --data-dir=stdlib --chat-data=abilities
 
-Reads the train side of the corpus, the beginning of each document, up to --max-chars characters in all. The size of
+Reads the train side of the conversations, if any, and of the corpus, the beginning of each document, up to --max-chars
+characters in all. Conversations matter where they use other words than the text: from the library alone `what` is two
+tokens, and with them a generated conversation has 26 % fewer tokens (dev/LOG.md 2026-11-21). The size of
 the vocabulary follows from --depth (a small model spends most of its computation on a large vocabulary) unless
 --vocab-size says otherwise. 50 MB of text take about ten seconds on two cores; two billion characters, minutes.
 """
@@ -13,6 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from nanochat import scaling
@@ -38,6 +42,7 @@ SELF_CHECK = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
+    parser.flag("--chat-data", str, "", "conversations whose words are learned too: jsonl, a folder of them, abilities")
     parser.flag("--depth", depth, 20, "depth of the model the vocabulary is for")
     parser.flag("--laws", one_of(*scaling.LAWS), "nanochat", "what the vocabulary derived from --depth follows")
     parser.flag("--vocab-size", vocabulary_size, None, "ids, special tokens included; else derived from --depth")
@@ -54,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     prepare_process(offline=args.offline)
 
+    from nanochat.chat import conversation_text
     from nanochat.dataset import open_corpus
     from nanochat.tokenizer import FILE_NAME, Tokenizer
+    from tasks.common import training_conversations
 
     file = base_dir() / "tokenizer" / FILE_NAME
     vocab_size = args.vocab_size or scaling.vocab_size_for(args.depth, args.laws)
@@ -73,11 +80,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_writable(file)
     corpus = open_corpus(data_folder(args))
-    print0(f"data: {corpus.describe()}")
+    conversations = training_conversations(args.chat_data)[0] if args.chat_data else ()
+    print0(f"data: {corpus.describe()}" + (f", {len(conversations):,} conversations" if conversations else ""))
     print0(f"vocab size: {vocab_size:,} ({origin or 'given'})")
 
     with record_stage("tok_train") as record:
-        texts = TrainingText(beginnings(corpus.train, args.doc_cap), args.max_chars)
+        documents = chain(map(conversation_text, conversations), beginnings(corpus.train, args.doc_cap))
+        texts = TrainingText(documents, args.max_chars)
         tokenizer = Tokenizer.train(texts, vocab_size, origin)
         seconds = time.monotonic() - texts.started
         check_round_trip(tokenizer)

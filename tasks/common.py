@@ -28,10 +28,12 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.abilities import mixture
 from nanochat.chat import Conversation, check_conversation
 from nanochat.common import UserError, open_bytes, reading
 
 KINDS = (".jsonl", ".jsonl.gz")
+NUM_GENERATED, NUM_GENERATED_VAL = 60_000, 500
 
 
 class Task(ABC):
@@ -121,6 +123,15 @@ class JSONLTask(Task):
 
     def get_example(self, index: int) -> Conversation:
         return _conversation_of(json.loads(self._lines[index]))
+
+
+def training_conversations(
+    source: str, num_generated: int | None = None
+) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
+    """(training, validation) conversations of a file, of a folder, or of `abilities`: that many generated ones."""
+    if source == "abilities":
+        return mixture(num_generated or NUM_GENERATED), mixture(NUM_GENERATED_VAL, split="val")
+    return hold_out(load_conversations(Path(source)), one_in=50)
 
 
 def load_conversations(path: Path) -> Task:

@@ -16,6 +16,7 @@ from nanochat.calculator import calculate
 from nanochat.chat import Conversation, check_conversation, render_conversation
 from nanochat.common import UserError
 from nanochat.knowledge import read_facts
+from nanochat.phrasings import ENDINGS, OPENINGS
 from nanochat.stdlib_corpus import train_documents, val_documents
 from nanochat.tokenizer import Tokenizer
 
@@ -156,6 +157,11 @@ def test_phrasings_of_the_splits_are_disjoint(table):
     phrasings = {split: set(map(bare, getattr(abilities, table)[split])) for split in SPLITS}
     assert all(phrasings[split] for split in SPLITS)
     assert all(phrasings[a].isdisjoint(phrasings[b]) for a, b in combinations(SPLITS, 2))
+    trained = getattr(abilities, table)["train"]
+    spoken = {
+        plain(opening + text + ending) for opening in ("", *OPENINGS) for text in trained for ending in ("", *ENDINGS)
+    }
+    assert spoken.isdisjoint(plain(text) for split in ("val", "test") for text in getattr(abilities, table)[split])
 
 
 def test_no_question_about_itself_stands_twice():
@@ -170,14 +176,43 @@ def test_no_question_about_itself_stands_twice():
 
 def test_no_question_about_itself_is_a_trained_one_in_other_words_of_no_meaning():
     trained = {bare(text) for fact in read_facts() for text in fact.questions["train"]}
-    assert [text for fact in read_facts() for text in fact.questions["test"] if bare(text) in trained] == []
+    held_out = [text for fact in read_facts() for split in ("val", "test") for text in fact.questions[split]]
+    assert [text for text in held_out if bare(text) in trained] == []
 
 
 @pytest.mark.parametrize("name", ABILITIES)
-def test_no_question_of_the_test_is_trained_on(name):
+def test_no_held_out_question_is_trained_on(name):
     trained = {plain(question(conversation)) for conversation in sample(name, "train", 4000)}
-    tested = {plain(question(conversation)) for conversation in sample(name, "test", 1000)}
-    assert trained.isdisjoint(tested)
+    for split in ("val", "test"):
+        assert trained.isdisjoint(plain(question(conversation)) for conversation in sample(name, split, 1000))
+
+
+def test_a_noisy_question_about_itself_never_becomes_a_held_out_one(monkeypatch):
+    fact = read_facts()[0]
+    held_out = fact.questions["test"][0]
+    monkeypatch.setattr(abilities, "_noisy", lambda rng, question: held_out)
+    asked = {question(conversation) for conversation in sample("identity", "train", 300)}
+    assert plain(held_out) not in set(map(plain, asked)) and len(asked) > 200
+
+
+def test_only_training_questions_about_itself_are_noisy():
+    listed = {split: {plain(text) for fact in read_facts() for text in fact.questions[split]} for split in SPLITS}
+    shares = {
+        split: sum(plain(question(conversation)) in listed[split] for conversation in sample("identity", split, 1000))
+        for split in SPLITS
+    }
+    assert shares["train"] < 650  # openings, endings, noise and typing errors
+    assert min(shares["val"], shares["test"]) > 900  # typing errors alone
+
+
+@pytest.mark.parametrize("name", ["spelling", "counting", "arithmetic", "docs"])
+def test_openings_and_endings_stand_around_training_questions_alone(name):
+    def is_embedded(text: str) -> bool:
+        return text.startswith(("By the way, ", "Excuse me, ", "We had a bet. ")) or text.endswith((" plz", " asap"))
+
+    assert any(is_embedded(question(conversation)) for conversation in sample(name, "train", 1000))
+    for split in ("val", "test"):
+        assert not any(is_embedded(question(conversation)) for conversation in sample(name, split, 1000))
 
 
 def test_docstrings_follow_the_side_of_their_module():
@@ -197,7 +232,7 @@ def test_docstrings_follow_the_side_of_their_module():
 def test_a_spelled_word_is_one_token_per_letter(tokenizer):
     for conversation in sample("spelling", "train", 300):
         answer = reply(conversation)
-        letters = answer.partition("It is spelled")[2]
+        letters = answer.partition(" is spelled")[2]
         ids = tokenizer.encode(answer)
         tail = ids[-len(letters) // 2 :]
         assert tokenizer.decode(tail) == letters

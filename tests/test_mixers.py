@@ -8,8 +8,9 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
-from nanochat.model.attention import rotate
+from nanochat.model.attention import offset, rotate
 from nanochat.model.gpt import GPT, build_model, flops_per_token, predict_parameters
+from nanochat.model.layers import shifted
 from nanochat.model.mixer import LayerContext, Mixer
 
 pytestmark = pytest.mark.usefixtures("recurrent")
@@ -20,6 +21,7 @@ EXACT = 1e-4  # on fp32 logits
 def small_config(pattern: str, **changes: object) -> ModelConfig:
     """Four layers, windows of 128 of 200 positions, so that windows matter."""
     shape = {"sequence_len": 200, "vocab_size": 97, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 32}
+    shape["key_offset"] = True
     return ModelConfig(layer_pattern=pattern, **{**shape, **changes})  # type: ignore[arg-type]
 
 
@@ -187,6 +189,15 @@ def test_the_tensor_parallel_plan_names_every_projection_once(pattern: str) -> N
 def test_unknown_letters_schemes_and_activations_name_the_known_ones(changes: dict[str, str], known: str) -> None:
     with pytest.raises(UserError, match=known):
         GPT(replace(small_config("A"), **changes))
+
+
+def test_the_slower_half_of_each_keys_pairs_is_the_previous_positions() -> None:
+    keys = torch.arange(3.0).view(1, 3, 1, 1) + torch.zeros(1, 3, 2, 16)  # each channel says its position
+    mixed = offset(keys, shifted(keys, torch.arange(3)[None], None))
+    frequencies = 10.0 ** -torch.arange(8.0).repeat(2)  # of the pairs (i, i + 8)
+    assert (mixed[0, 2][:, frequencies > frequencies.median()] == 2).all()
+    assert (mixed[0, 2][:, frequencies <= frequencies.median()] == 1).all()
+    assert (mixed[0, 0] == 0).all()
 
 
 def test_rotation_keeps_lengths_turns_by_minus_the_angle_and_makes_scores_depend_on_distance_alone() -> None:

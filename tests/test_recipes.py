@@ -85,6 +85,7 @@ def test_the_whole_path_from_text_to_an_answer(
 SWITCHES = {
     "--doc-mask": {"doc_mask": True},
     "--no-smear": {"smear": False},
+    "--no-key-offset": {"key_offset": False},
     "--no-backout": {"backout": False},
     "--no-value-embeddings": {"value_embeddings": False},
     "--no-qk-norm": {"qk_norm": False},
@@ -93,7 +94,7 @@ SWITCHES = {
     "--mlp-activation=gelu": {"mlp_activation": "gelu"},
     "--softcap=0": {"softcap": 0.0},
     "--window-pattern=L": {"window_pattern": "L"},
-    "--laws=reference": {},
+    "--laws=reference": {"key_offset": False},
 }
 
 

@@ -167,7 +167,7 @@ def test_a_record_of_a_model_that_was_trained_anew_since_is_left_out(base_dir: P
 def test_fine_tuning_of_another_base_model_is_left_out_with_what_judged_it(base_dir: Path) -> None:
     write_stages(base_dir)
     tuned = json.loads(record_path("chat_sft").read_text())
-    write_record("chat_sft", {**tuned, "model": f"{base_dir}/checkpoints/base/other/step_000004"})
+    write_record("chat_sft", {**tuned, "base_model": f"{base_dir}/checkpoints/base/other/step_000004"})
     report.main([])
     figures = made()
     assert figures["abilities"] == {} and "chat_sft" not in figures["stages"]

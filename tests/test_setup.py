@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ TOOLS = (
 
 
 def write_wheel(folder, name, version, needs=""):
-    """A wheel with one empty module."""
+    """A wheel with one empty module. Its source, copied, is a part of the tiny project's build backend."""
     import zipfile
     from pathlib import Path
 
@@ -115,6 +117,8 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, subprocess.CompletedProcess]:
     """A project whose .venv was cut off while it was made, and the set-up that followed."""
+    if find_spec("ensurepip") is None:
+        pytest.skip("this Python has no ensurepip to make the tiny project's .venv with (Debian: python3-venv)")
     project = Project(tmp_path_factory.mktemp("first"))
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -193,10 +197,13 @@ def test_on_a_terminal_pip_shows_what_it_does(prepared):
     terminal, its_other_end = pty.openpty()
     with subprocess.Popen(prepared.command(), env=prepared.env | {"TERM": "dumb"}, stdout=its_other_end) as run:
         os.close(its_other_end)
+        limit = threading.Timer(60, run.kill)
+        limit.start()
         shown = b""
         with contextlib.suppress(OSError):  # how Linux says that the other end is closed
             while piece := os.read(terminal, 4096):
                 shown += piece
+        limit.cancel()
     os.close(terminal)
     assert run.returncode == 0 and b"Successfully installed torch-2.9.0" in shown, shown
 
@@ -207,6 +214,36 @@ def test_another_torch_index_installs_torch_anew_and_is_remembered(prepared):
     changed = prepared.set_up(NANOCHAT_TORCH_INDEX=other)
     assert changed.returncode == 0 and prepared.torch() == ["torch-2.9.0+other.dist-info"], changed
     assert "up to date" in prepared.set_up().stdout
+
+
+def test_two_set_ups_at_once_are_refused_and_a_process_id_used_again_is_none(prepared):
+    sleeper = prepared.folder / "setup.sh"
+    sleeper.write_text("read -r _\n")
+    with subprocess.Popen(["bash", str(sleeper)], stdin=subprocess.PIPE) as other:
+        (prepared.venv / "nanochat-unfinished").write_text(f"{other.pid} installing\n")
+        assert f"another set-up (process {other.pid}) is at work" in prepared.complaint()
+        assert other.stdin
+        other.stdin.close()
+    (prepared.venv / "nanochat-unfinished").write_text(f"{os.getpid()} installing\n")  # alive, but no set-up
+    assert "going on from there" in prepared.set_up().stdout
+
+
+def test_another_python_than_that_of_the_venv_is_refused_with_the_index_to_use_again(prepared):
+    index = torch_index(prepared.folder / "other", "2.9.0+other")
+    assert prepared.set_up(NANOCHAT_TORCH_INDEX=index).returncode == 0
+    python = prepared.folder / "tools" / "another"
+    python.write_text(f'#!{prepared.folder}/tools/bash\ncase "$2" in *print*) echo Python 3.12 ;; esac\n')
+    python.chmod(0o755)
+    assert f"rm -rf .venv, then run this again with NANOCHAT_TORCH_INDEX={index}" in prepared.complaint(
+        PYTHON="another"
+    )
+
+
+def test_what_uv_complains_of_is_said_in_one_line(project):
+    uv = project.folder / "tools" / "uv"
+    uv.write_text(f"#!{project.folder}/tools/bash\necho 'error: error sending request: dns error' >&2\nexit 2\n")
+    uv.chmod(0o755)
+    assert ".venv was not installed: a package index cannot be reached" in project.complaint(NANOCHAT_UV="1")
 
 
 def without_pip(project: Project) -> str:
@@ -237,12 +274,18 @@ def test_a_python_too_old_is_named_with_the_version_found(project):
     assert not project.venv.exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_named():
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_a_folder_that_cannot_be_written_to_is_named(is_cut_off):
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
         project = Project(Path(name))
+        if is_cut_off:
+            project.venv.mkdir()
+            (project.venv / "nanochat-unfinished").write_text(f"{os.getpid()} making\n")
         project.folder.chmod(0o555)
         other_user = 65534 if os.geteuid() == 0 else None  # root may write everywhere
-        run = subprocess.run(project.command(), env=project.env, capture_output=True, text=True, user=other_user)
-        project.folder.chmod(0o755)
+        try:
+            run = subprocess.run(project.command(), env=project.env, capture_output=True, text=True, user=other_user)
+        finally:
+            project.folder.chmod(0o755)
     assert run.returncode == 2 and run.stderr.startswith(f"error: {name} cannot be written to"), run.stderr
     assert run.stderr.count("\n") == 1

@@ -1,7 +1,11 @@
 """Letter A: causal attention with rotary positions, QK-norm, sliding windows, grouped heads and value embeddings.
 
 Order of operations (pretraining spec 4.2): project, add the gated value embedding to v, rotate q and k, normalise them
-over the head, scale both by `qk_scale`, attend within the layer's window, project back.
+over the head, scale both by `qk_scale`, offset keys, attend within the layer's window, project back.
+
+Offset keys: half of each key, the pairs that rotate slowest, is the previous position's. A query for the current token
+then finds the position after its last occurrence, so one layer can copy what came next, which otherwise takes two and
+is learned late. Known from the speed runs of modded-nanogpt ("partial key offset"); effect here: dev/LOG.md 2026-11-21.
 """
 
 import torch
@@ -9,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from nanochat.config import ModelConfig
 from nanochat.kernels.flash_attention import Visibility, attention
-from nanochat.model.layers import Embedding, Linear, fan_in_bound, rms_norm, uniform_
+from nanochat.model.layers import Embedding, Linear, fan_in_bound, rms_norm, shifted, uniform_
 from nanochat.model.mixer import LayerContext, LayerCost, Mixer
 from nanochat.model.state import KVState, LayerState
 
@@ -24,6 +28,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
+def offset(k: Tensor, previous: Tensor) -> Tensor:
+    """Keys whose slower half of rotary pairs (D/4 <= i < D/2 of i, i + D/2) is the previous position's. (B, T, H, D)"""
+    quarters, earlier = k.chunk(4, dim=-1), previous.chunk(4, dim=-1)
+    return torch.cat([quarters[0], earlier[1], quarters[2], earlier[3]], dim=-1)
 
 
 class Attention(Mixer):
@@ -51,6 +61,8 @@ class Attention(Mixer):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.config.qk_norm:
             q, k = rms_norm(q) * self.config.qk_scale, rms_norm(k) * self.config.qk_scale
+        if self.config.key_offset:
+            k = self._offset_keys(k, ctx.positions, state)
         if state is None:
             visibility = ctx.visibility(self.layer)
         else:
@@ -65,6 +77,14 @@ class Attention(Mixer):
         values = self.value_embedding(token_ids).to(x.dtype).unflatten(-1, (-1, self.head_dim))
         gate = GATE_SCALE * torch.sigmoid(self.value_gate(x[..., : self.value_gate.weight.size(1)]))  # (B, T, H_kv)
         return gate.unsqueeze(-1) * values
+
+    def _offset_keys(self, k: Tensor, positions: Tensor, state: LayerState | None) -> Tensor:
+        """k: (B, T, H_kv, D) rotated keys of their own; the last of them stays in the state for the next call."""
+        if state is None:
+            return offset(k, shifted(k, positions, None))
+        assert isinstance(state, KVState)
+        before, state.last_key = state.last_key, k[:, -1].clone()
+        return offset(k, shifted(k, positions, before))
 
     def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVState:
         return KVState.empty(batch, max_len, self.config.n_kv_head, self.head_dim, device, dtype)

@@ -70,6 +70,16 @@ class MLP(nn.Module):
         nn.init.zeros_(self.c_proj.weight)
 
 
+def shifted(x: Tensor, positions: Tensor, previous: Tensor | None) -> Tensor:
+    """What stands one position earlier, 0 at every position 0.
+
+    x: (B, T, ...); positions: (B or 1, T); previous: (B, ...), what stands before x, None at the very start.
+    """
+    first = torch.zeros_like(x[:, :1]) if previous is None else previous[:, None]
+    follows = (positions > 0).view(*positions.shape, *[1] * (x.dim() - 2))
+    return torch.cat([first, x[:, :-1]], dim=1) * follows.to(x.dtype)
+
+
 class Smear(Role):
     """Adds a gated share of the previous token's embedding to each token's own.
 
@@ -85,11 +95,8 @@ class Smear(Role):
 
     def forward(self, x: Tensor, positions: Tensor, previous: Tensor | None) -> Tensor:
         """x: (B, T, C); positions: (B or 1, T); previous: (B, C), the embedding before x, None at the very start."""
-        first = x.new_zeros(x.size(0), 1, x.size(2)) if previous is None else previous[:, None]
-        shifted = torch.cat([first, x[:, :-1]], dim=1)  # (B, T, C)
         gate = torch.sigmoid(self.gate(x[..., : self.gate.weight.size(1)]))  # (B, T, 1)
-        follows = (positions > 0).unsqueeze(-1).to(x.dtype)
-        return x + self.scale.to(x.dtype) * gate * follows * shifted
+        return x + self.scale.to(x.dtype) * gate * shifted(x, positions, previous)
 
     def init_weights(self, rng: Generator) -> None:
         nn.init.uniform_(self.gate.weight, 0.0, 0.02, generator=rng)

@@ -30,9 +30,13 @@ class LayerState(ABC):
 class KVState(LayerState):
     """Keys and values of the positions seen so far: slot s of row b holds position s of that row."""
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, used: int = 0) -> None:
-        """keys, values: (B, S, H_kv, D); positions: (B, S), -1 where empty; used: slots that may be filled."""
-        self.keys, self.values, self.positions, self.used = keys, values, positions, used
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, last_key: Tensor, used: int = 0) -> None:
+        """keys, values: (B, S, H_kv, D); positions: (B, S), -1 where empty; used: slots that may be filled.
+
+        last_key: (B, H_kv, D), the last position's key of its own, where `ModelConfig.key_offset` mixes it into the
+        next one's.
+        """
+        self.keys, self.values, self.positions, self.last_key, self.used = keys, values, positions, last_key, used
 
     @classmethod
     def empty(
@@ -40,7 +44,8 @@ class KVState(LayerState):
     ) -> "KVState":
         shape = (batch, max_len, heads, head_dim)
         keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return cls(keys, values, torch.full((batch, max_len), -1, device=device, dtype=torch.int64))
+        positions = torch.full((batch, max_len), -1, device=device, dtype=torch.int64)
+        return cls(keys, values, positions, last_key=keys.new_zeros(batch, heads, head_dim))
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v (B, T, H_kv, D) at `positions` (B, T); return keys, values and positions up to the last slot."""
@@ -53,7 +58,7 @@ class KVState(LayerState):
         return self.keys[:, : self.used], self.values[:, : self.used], self.positions[:, : self.used]
 
     def select(self, rows: Tensor) -> "KVState":
-        return KVState(self.keys[rows], self.values[rows], self.positions[rows], self.used)
+        return KVState(self.keys[rows], self.values[rows], self.positions[rows], self.last_key[rows], self.used)
 
     def join(self, others: "Sequence[KVState]") -> "KVState":
         states = [self, *others]
@@ -62,7 +67,8 @@ class KVState(LayerState):
             torch.cat([grow(getattr(state, name), longest, fill) for state in states])
             for name, fill in (("keys", 0), ("values", 0), ("positions", -1))
         )
-        return KVState(keys, values, positions, max(state.used for state in states))
+        last_key = torch.cat([state.last_key for state in states])
+        return KVState(keys, values, positions, last_key, max(state.used for state in states))
 
 
 def grow(tensor: Tensor, length: int, fill: int) -> Tensor:
