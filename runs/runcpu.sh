@@ -21,21 +21,24 @@ base="${NANOCHAT_BASE_DIR:-${HOME:-}/.cache/nanochat}"
 text=stdlib conversations=abilities
 tok=(--vocab-size=2048 --max-chars=50000000)
 main=(--depth=4 --aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=512 --total-batch-size=4096
-    --time-budget=200 --eval-every=200)
-chat=(--total-batch-size=2048 --time-budget=520 --eval-every=500)
+    --eval-every=200)
+chat=(--total-batch-size=2048 --eval-every=500)
 loss=(--compare-compressors) questions=500
-seconds=(30 5 215 45 545 25 5 10) # what each stage takes on two cores
+seconds=(30 5 150 30 615 15 5 10) # what each stage takes on two cores
 [ "$#" -le 1 ] || { echo "error: $2: unknown argument; use --smoke, --english, --help or none" >&2; exit 2; }
 case "${1:-}" in
     "")
         tok+=(--doc-cap=1000000 --chat-data=abilities)
-        chat+=(--num-generated=150000)
+        main+=(--time-budget=140)
+        chat+=(--num-generated=150000 --time-budget=590)
         ;;
     --english)
         data="${NANOCHAT_TEST_DATA:-../shared/data}"
         base="$base/english" text="$data/pretrain" conversations="$data/sft"
+        main+=(--time-budget=440)
+        chat+=(--time-budget=280)
         loss+=(--split-tokens=400000)
-        seconds=(30 30 215 45 545 0 5 5)
+        seconds=(30 30 455 45 300 0 5 5)
         for folder in "$text" "$conversations"; do
             [ -d "$folder" ] || {
                 echo "error: $folder: no such folder; set NANOCHAT_TEST_DATA to one that has pretrain/ and sft/" >&2
