@@ -22,7 +22,7 @@ entries on; with `-` or `,` between the letters most would take two), so a spell
 first letter included because a space stands before it. The call ` 'table'.count('t')` begins with a space so that the
 split pattern sees a quote and `table`, as in a question, and not the contraction `'t`. A spelling repeats the word in
 the same quotes before its letters: finding the word is then one skill for both, and its letters follow from what stands
-next to them (+4 % of the answers right, dev/LOG.md 2026-11-21). Answers are short, calls come
+next to them (dev/LOG.md 2026-11-21). Answers are short, calls come
 first, and one sentence ends both kinds of tool use: a small model has little to learn but the skill.
 """
 
@@ -45,10 +45,9 @@ from nanochat.phrasings import COUNT, ENDINGS, EXPLAIN, FRAMES, OPENINGS, ORDERS
 
 SPLITS = ("train", "val", "test")
 VAL_PERCENT, TEST_PERCENT = 4, 8  # of words and operand pairs
-EMBEDDED_FRAC = 0.2  # of the questions trained on, that have an opening; as many have an ending
-DISTRACTED_FRAC = 0.12  # of the questions trained on, that follow a sentence of the library
-NOISY_FRAC, CHANGED_FRAC = 0.6, 0.15  # of the questions about itself; of their words, missing, and as many too many
-SWAPPED_FRAC = 0.3  # of the noisy ones, in which two words change places
+EMBEDDED_FRAC = 0.2  # of the questions trained on, that get an opening; as many get an ending
+DISTRACTED_FRAC = 0.12  # of the questions trained on, but about itself, that follow a sentence of the library
+NOISY_FRAC, CHANGED_FRAC = 0.3, 0.1  # of the questions about itself; of their words, missing, and as many too many
 Content = str | list[Part]
 
 
@@ -118,13 +117,13 @@ def _casually(rng: Random, question: str) -> str:
     return question.rstrip("?.!") if rng.random() < 0.2 and question[-1] in "?.!" else question
 
 
-def _typed(rng: Random, split: str, template: str) -> str:
+def _typed(rng: Random, split: str, template: str, distracted_frac: float = DISTRACTED_FRAC) -> str:
     """A question as people type it; in training, some stand among words that have nothing to do with them."""
     text = _casually(rng, template)
     if split != "train":
         return text
     opening = rng.choice(OPENINGS) if rng.random() < EMBEDDED_FRAC else ""
-    if rng.random() < DISTRACTED_FRAC:  # the word to find is not simply the unusual one
+    if rng.random() < distracted_frac:  # the word to find is not simply the unusual one
         opening = rng.choice(docstrings("train"))[1] + " "
     ending = rng.choice(ENDINGS) if rng.random() < EMBEDDED_FRAC else ""
     return opening + text + ending
@@ -146,7 +145,10 @@ def _quoted(rng: Random, text: str) -> str:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A word's letters. Right is a reply that says them and nothing else, but for an introduction before them."""
+    """A word's letters. Right is a reply that says them and nothing else, but for an introduction before them.
+
+    The introduction may say the word; it counts for nothing, right or wrong.
+    """
 
     name: str = "spelling"
 
@@ -295,7 +297,8 @@ class Identity:
         rng = _rng(self.name, split, index)
         fact = rng.choice(read_facts())
         wording = rng.choice(fact.questions[split])
-        question = _mistyped(rng, _typed(rng, split, _noisy(rng, wording) if split == "train" else wording))
+        question = _noisy(rng, wording) if split == "train" else wording
+        question = _mistyped(rng, _typed(rng, split, question, distracted_frac=0.0))
         if split == "train" and _plain(question) in _held_out():
             question = wording
         return _conversation(self.name, question.lower() if rng.random() < 0.2 else question, fact.answer)
@@ -307,15 +310,12 @@ class Identity:
 
 
 def _noisy(rng: Random, question: str) -> str:
-    """Some questions lack words, have others too many or in another order (Wei and Zou 2019, "EDA")."""
+    """Some questions lack words and have others too many (random deletion and insertion: Wei and Zou 2019, "EDA")."""
     if rng.random() >= NOISY_FRAC:
         return question
     kept = [word for word in question.split() if rng.random() >= CHANGED_FRAC] or [question]
     for _ in range(sum(rng.random() < CHANGED_FRAC for _ in kept)):
         kept.insert(rng.randrange(len(kept) + 1), rng.choice(_words_of_questions()))
-    if rng.random() < SWAPPED_FRAC:
-        i, j = rng.randrange(len(kept)), rng.randrange(len(kept))
-        kept[i], kept[j] = kept[j], kept[i]
     return " ".join(kept)
 
 

@@ -305,6 +305,7 @@ def add_model_choice_flags(parser: Parser, default: str) -> None:
 
 
 DEVICE_BATCH_SIZE = 32  # rows per device where nothing says otherwise
+NUM_GENERATED = 60_000  # conversations that the word `abilities` stands for
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -346,7 +347,7 @@ def given_rates(args: argparse.Namespace) -> dict[str, float]:
 
 
 def add_architecture_flags(parser: Parser) -> None:
-    """Switches of `ModelConfig`, whose own defaults are the best known; the rest is for experiments."""
+    """Switches of `ModelConfig`: what is not given is as there, or as the laws have it; the rest is for experiments."""
     known = config.ModelConfig()
     parser.flag("--layer-pattern", config.layer_pattern, known.layer_pattern, "mixer letters, tiled over the layers")
     windows = "S short or L full attention, tiled; the last layer is always L"
@@ -356,7 +357,7 @@ def add_architecture_flags(parser: Parser) -> None:
     parser.flag("--softcap", non_negative_float, known.softcap, "logit cap, 0 off")
     parser.switch("--doc-mask", "attention and positions stop at document borders")
     parser.switch("--no-qk-norm", "without the norm on queries and keys")
-    parser.switch("--no-key-offset", "without the previous position's key in half of each key (laws: nanochat)")
+    parser.switch("--no-key-offset", "without offset keys, which --laws=nanochat gives every model")
     parser.switch("--no-value-embeddings", "without value embeddings")
     parser.switch("--no-smear", "without mixing in the previous token")
     parser.switch("--no-backout", "without taking out the middle layer")
@@ -366,11 +367,12 @@ def add_architecture_flags(parser: Parser) -> None:
 def architecture_switches(args: argparse.Namespace) -> dict[str, Any]:
     """The given switches as fields of `ModelConfig`."""
     same_name = ("layer_pattern", "window_pattern", "residual", "mlp_activation", "softcap", "doc_mask", "tied_head")
-    off = ("qk_norm", "value_embeddings", "smear", "backout")
-    switches = {name: getattr(args, name) for name in same_name} | {
-        name: not getattr(args, f"no_{name}") for name in off
-    }
-    return switches | ({"key_offset": False} if args.no_key_offset else {})
+    off = ("qk_norm", "value_embeddings", "smear", "backout", "key_offset")
+    switches = {name: getattr(args, name) for name in same_name}
+    switches |= {name: not getattr(args, f"no_{name}") for name in off}
+    if switches["key_offset"]:
+        del switches["key_offset"]  # as the laws have it
+    return switches
 
 
 def report(rows: dict[str, tuple[object, bool]]) -> None:

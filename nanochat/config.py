@@ -56,7 +56,7 @@ class ModelConfig:
     backout: bool = True
     tied_head: bool = False
     mlp_activation: str = "relu2"
-    doc_mask: bool = False  # attention, smear and positions stop at document borders inside a packed row
+    doc_mask: bool = False  # attention, smear, key offset and positions stop at document borders inside a packed row
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -73,7 +73,7 @@ class ModelConfig:
             elif self.head_dim % 2:
                 yield f"--head-dim={self.head_dim}: {EVEN_HEAD_DIM}"
             elif self.key_offset and self.head_dim % 4:
-                yield f"--head-dim={self.head_dim}: must be a multiple of 4 for offset keys, or --no-key-offset"
+                yield f"--head-dim={self.head_dim}: must be a multiple of 4, because keys are offset"
             if self.n_head % self.n_kv_head:
                 yield f"n_head={self.n_head}: must be a multiple of n_kv_head={self.n_kv_head}"
         for flag, kind, value in (

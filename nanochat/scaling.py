@@ -5,8 +5,8 @@
     step -> Multipliers           `TrainingPlan.at`
 
 Two sets of laws. `reference` is the ancestor's, number for number (pretraining spec 5). `nanochat`, the default,
-differs where the reference contradicts itself: batch size and weight decay follow the real horizon, short runs get a
-complete schedule, small models get a small vocabulary, and keys are offset. All constants of the dial stand in this
+differs where the reference contradicts itself (batch size and weight decay follow the real horizon, short runs get a
+complete schedule, small models get a small vocabulary) and offsets keys. All constants of the dial stand in this
 file alone.
 """
 
@@ -37,6 +37,7 @@ class Laws:
     fit_short_runs: warm-ups are at most a fraction of the run. small_batch_exponent: learning rates go with this power
     of the batch below the reference's; 0.5 costs 0.27 bits per byte at 4,096 tokens, where depths 2 and 4 want 8 times
     the rates it gives (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`.
+    sft_weight_decay: Muon's in fine-tuning; without it the matrices grew to four times their size in 3,000 steps.
     """
 
     scale_vocab: bool
@@ -44,6 +45,7 @@ class Laws:
     fit_short_runs: bool
     small_batch_exponent: float
     key_offset: bool
+    sft_weight_decay: float
 
     def lr_scale(self, batch_tokens: int) -> float:
         """Factor on all learning rates: the square root of the batch above the reference's."""
@@ -51,7 +53,24 @@ class Laws:
         return ratio ** (0.5 if ratio >= 1 else self.small_batch_exponent)
 
 
-LAWS = {"nanochat": Laws(True, True, True, 0.1, True), "reference": Laws(False, False, False, 0.5, False)}
+LAWS = {
+    "nanochat": Laws(
+        scale_vocab=True,
+        follow_horizon=True,
+        fit_short_runs=True,
+        small_batch_exponent=0.1,
+        key_offset=True,
+        sft_weight_decay=1.0,
+    ),
+    "reference": Laws(
+        scale_vocab=False,
+        follow_horizon=False,
+        fit_short_runs=False,
+        small_batch_exponent=0.5,
+        key_offset=False,
+        sft_weight_decay=0.0,
+    ),
+}
 
 
 def vocab_size_for(depth: int, laws: str = "nanochat") -> int:
@@ -266,13 +285,13 @@ def horizon_steps(tokens: float, flops_per_token: int, horizon: Horizon, batch: 
 
 
 def sft_plan(num_steps: int, total_batch_tokens: int, width: int, laws: str = "nanochat") -> TrainingPlan:
-    """The plan of fine-tuning on conversations: the base run's scales, no weight decay, a schedule of its own."""
+    """The plan of fine-tuning on conversations: the base run's scales, decay and schedule of its own."""
     return TrainingPlan(
         num_steps=num_steps,
         total_batch_tokens=total_batch_tokens,
         lr_scale=LAWS[laws].lr_scale(total_batch_tokens),
         width_scale=(width / REFERENCE_WIDTH) ** -0.5,
-        weight_decay=0.0,
+        weight_decay=LAWS[laws].sft_weight_decay,
         schedule=SFT_SCHEDULE,
         fit_short_runs=LAWS[laws].fit_short_runs,
     )

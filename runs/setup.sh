@@ -192,9 +192,9 @@ is_set_up() {
         { cat "/proc/$1/cmdline" 2>/dev/null || ps -p "$1" -o args= 2>/dev/null; } | grep -qa 'setup\.sh'
 }
 
-# Write $2 to the file $1, whole or not at all.
+# Write stdin to the file $1, whole or not at all.
 note() {
-    { printf '%s\n' "$2" >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null ||
+    { cat >"$1.new" && mv "$1.new" "$1"; } 2>/dev/null ||
         fail "$PWD/$1 cannot be written: is the disk full?"
 }
 
@@ -255,11 +255,11 @@ phase=installing
 [ -e .venv ] || phase=making
 [ "$phase" = installing ] || python=$(find_python)
 mkdir -p .venv 2>/dev/null || true # the next line says why
-note "$unfinished" "$$ $phase"
+echo "$$ $phase" | note "$unfinished"
 : >"$log"
 if [ "$phase" = making ]; then
     make_venv "$python"
-    note "$unfinished" "$$ installing"
+    echo "$$ installing" | note "$unfinished"
 elif [ "$uv_mode" != 1 ] && ! pip_runs; then
     need_pip "$venv_python"
 fi
@@ -271,10 +271,10 @@ echo "installing $torch"
 renewed=
 [ "$index" = "$known_index" ] || renewed=--force-reinstall
 pip_install torch ${index:+--index-url "$index"} ${renewed:+"$renewed"} "$torch"
-note "$torch_from" "$index"
+echo "$index" | note "$torch_from"
 echo "installing nanochat (extras: ${extras:-none})"
 pip_install nanochat -e ".${extras:+[${extras// /,}]}"
-note "$stamp" "$(wanted_stamp "$extras")"
+wanted_stamp "$extras" | note "$stamp"
 rm -f "$unfinished"
 torch_version=$("$venv_python" -c 'from importlib.metadata import version; print(version("torch"))')
 echo "done: $("$venv_python" -V), torch $torch_version"

@@ -19,7 +19,9 @@ from nanochat.common import prepare_process, print0, record_stage
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     parser.flag("--data", str, "abilities", "jsonl of conversations, a folder of them, or abilities: generated ones")
-    parser.flag("--num-generated", cli.positive_int, None, "how many --data=abilities makes; else 60,000")
+    parser.flag(
+        "--num-generated", cli.positive_int, None, f"how many --data=abilities makes; else {cli.NUM_GENERATED:,}"
+    )
     parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
     parser.flag("--num-epochs", cli.positive_float, None, "passes over the conversations; else one")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.train.step import train_step
     from tasks.common import training_conversations
 
-    train_set, val_set = training_conversations(args.data, args.num_generated)
+    train_set, val_set = training_conversations(args.data, args.num_generated or cli.NUM_GENERATED)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt, record_stage("chat_sft") as record:

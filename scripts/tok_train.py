@@ -20,7 +20,17 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from nanochat import scaling
-from nanochat.cli import Parser, add_data_flags, data_folder, depth, one_of, positive_int, run, vocabulary_size
+from nanochat.cli import (
+    NUM_GENERATED,
+    Parser,
+    add_data_flags,
+    data_folder,
+    depth,
+    one_of,
+    positive_int,
+    run,
+    vocabulary_size,
+)
 from nanochat.common import UserError, base_dir, check_writable, prepare_process, print0, record_stage
 
 if TYPE_CHECKING:
@@ -42,7 +52,12 @@ SELF_CHECK = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
-    parser.flag("--chat-data", str, "", "conversations whose words are learned too: jsonl, a folder of them, abilities")
+    parser.flag(
+        "--chat-data",
+        str,
+        "",
+        f"conversations whose words are learned, too: jsonl, a folder of them, abilities ({NUM_GENERATED:,} of them)",
+    )
     parser.flag("--depth", depth, 20, "depth of the model the vocabulary is for")
     parser.flag("--laws", one_of(*scaling.LAWS), "nanochat", "what the vocabulary derived from --depth follows")
     parser.flag("--vocab-size", vocabulary_size, None, "ids, special tokens included; else derived from --depth")
@@ -80,13 +95,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_writable(file)
     corpus = open_corpus(data_folder(args))
-    conversations = training_conversations(args.chat_data)[0] if args.chat_data else ()
-    print0(f"data: {corpus.describe()}" + (f", {len(conversations):,} conversations" if conversations else ""))
+    said = [conversation_text(c) for c in training_conversations(args.chat_data)[0]] if args.chat_data else []
+    if sum(map(len, said)) >= args.max_chars:
+        raise UserError(f"--max-chars={args.max_chars}: the conversations alone have as many characters; give more")
+    print0(f"data: {corpus.describe()}" + (f", {len(said):,} conversations" if said else ""))
     print0(f"vocab size: {vocab_size:,} ({origin or 'given'})")
 
     with record_stage("tok_train") as record:
-        documents = chain(map(conversation_text, conversations), beginnings(corpus.train, args.doc_cap))
-        texts = TrainingText(documents, args.max_chars)
+        texts = TrainingText(chain(said, beginnings(corpus.train, args.doc_cap)), args.max_chars)
         tokenizer = Tokenizer.train(texts, vocab_size, origin)
         seconds = time.monotonic() - texts.started
         check_round_trip(tokenizer)

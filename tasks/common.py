@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 
+from nanochat import cli
 from nanochat.abilities import mixture
 from nanochat.chat import Conversation, check_conversation
 from nanochat.common import UserError, open_bytes, reading
 
 KINDS = (".jsonl", ".jsonl.gz")
-NUM_GENERATED, NUM_GENERATED_VAL = 60_000, 500
+NUM_GENERATED_VAL = 500
 
 
 class Task(ABC):
@@ -126,11 +127,11 @@ class JSONLTask(Task):
 
 
 def training_conversations(
-    source: str, num_generated: int | None = None
+    source: str, num_generated: int = cli.NUM_GENERATED
 ) -> tuple[Sequence[Conversation], Sequence[Conversation]]:
     """(training, validation) conversations of a file, of a folder, or of `abilities`: that many generated ones."""
     if source == "abilities":
-        return mixture(num_generated or NUM_GENERATED), mixture(NUM_GENERATED_VAL, split="val")
+        return mixture(num_generated), mixture(NUM_GENERATED_VAL, split="val")
     return hold_out(load_conversations(Path(source)), one_in=50)
 
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from itertools import combinations, pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from nanochat import abilities
 from nanochat.abilities import ABILITIES, SPLITS, answer_text, docstrings, mixture, split_of, word_f1, words
 from nanochat.calculator import calculate
-from nanochat.chat import Conversation, check_conversation, render_conversation
+from nanochat.chat import Conversation, check_conversation, conversation_text, render_conversation
 from nanochat.common import UserError
 from nanochat.knowledge import read_facts
 from nanochat.phrasings import ENDINGS, OPENINGS
@@ -52,8 +53,9 @@ def bare(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Learned from a part of the text that is pretrained on."""
-    return Tokenizer.train([document.text for document in train_documents()], 2048)
+    """Learned from what the main job's is: text that is pretrained on, and conversations."""
+    conversations = [conversation_text(conversation) for conversation in mixture(5000)]
+    return Tokenizer.train([*conversations, *(document.text for document in train_documents())], 2048)
 
 
 # What all abilities promise -------------------------------------------------------------------------------------
@@ -195,14 +197,26 @@ def test_a_noisy_question_about_itself_never_becomes_a_held_out_one(monkeypatch)
     assert plain(held_out) not in set(map(plain, asked)) and len(asked) > 200
 
 
-def test_only_training_questions_about_itself_are_noisy():
-    listed = {split: {plain(text) for fact in read_facts() for text in fact.questions[split]} for split in SPLITS}
-    shares = {
-        split: sum(plain(question(conversation)) in listed[split] for conversation in sample("identity", split, 1000))
-        for split in SPLITS
-    }
-    assert shares["train"] < 650  # openings, endings, noise and typing errors
-    assert min(shares["val"], shares["test"]) > 900  # typing errors alone
+def test_only_training_questions_about_itself_are_noisy(monkeypatch):
+    def listed(split: str) -> int:
+        known = {plain(text) for fact in read_facts() for text in fact.questions[split]}
+        return sum(plain(question(conversation)) in known for conversation in sample("identity", split, 2000))
+
+    noisy = {split: listed(split) for split in SPLITS}
+    monkeypatch.setattr(abilities, "NOISY_FRAC", 0.0)
+    assert listed("train") - noisy["train"] > 100  # the rest: openings, endings, typing errors
+    assert {split: listed(split) for split in ("val", "test")} == {split: noisy[split] for split in ("val", "test")}
+    assert min(noisy["val"], noisy["test"]) > 1800  # typing errors alone
+
+
+def test_noise_removes_and_adds_words(monkeypatch):
+    monkeypatch.setattr(abilities, "NOISY_FRAC", 1.0)
+    monkeypatch.setattr(abilities, "CHANGED_FRAC", 1 / 3)
+    words_asked = ["one", "two", "three", "four", "five", "six"]
+    made = [abilities._noisy(Random(seed), " ".join(words_asked)).split() for seed in range(200)]
+    kept = [[word for word in words if word in words_asked] for words in made]
+    assert any(len(words) < 6 for words in kept) and any(set(words) - set(words_asked) for words in made)
+    assert all(sorted(words, key=words_asked.index) == words for words in kept)
 
 
 @pytest.mark.parametrize("name", ["spelling", "counting", "arithmetic", "docs"])
@@ -213,6 +227,16 @@ def test_openings_and_endings_stand_around_training_questions_alone(name):
     assert any(is_embedded(question(conversation)) for conversation in sample(name, "train", 1000))
     for split in ("val", "test"):
         assert not any(is_embedded(question(conversation)) for conversation in sample(name, split, 1000))
+
+
+def test_sentences_of_the_library_stand_before_training_questions_alone():
+    sentences = tuple(f"{sentence} " for _, sentence in docstrings("train"))
+    for name in ABILITIES.keys() - {"identity"}:
+        shares = {
+            split: sum(question(conversation).startswith(sentences) for conversation in sample(name, split, 500))
+            for split in SPLITS
+        }
+        assert 25 < shares["train"] < 100 and shares["val"] == shares["test"] == 0
 
 
 def test_docstrings_follow_the_side_of_their_module():
@@ -256,6 +280,10 @@ def test_a_quoted_word_has_the_same_tokens_in_question_and_call(tokenizer):
     ("text", "is_right"),
     [
         ("It is spelled b a n a n a", True),
+        ("The word 'banana' is spelled b a n a n a", True),
+        ("The word 'banana' is spelled b a n a n o", False),
+        ("The word 'bananas' is spelled b a n a n a", True),  # what is spelled counts, not what introduces it
+        ("The word 'banana' is spelled", False),
         ("b-a-n-a-n-a", True),
         ("B, A, N, A, N, A.", True),
         ("B - A - N - A - N - A", True),
@@ -365,7 +393,7 @@ def test_every_fact_of_the_knowledge_file_is_asked_for():
 def test_greetings_in_other_languages_are_answered_kindly_in_english():
     foreign = next(fact for fact in read_facts() if fact.name == "foreign")
     assert any(not text.isascii() for text in foreign.questions["test"])
-    assert foreign.answer.isascii() and "English" in foreign.answer and "Hello" in foreign.answer
+    assert foreign.answer.isascii() and "English" in foreign.answer and "Greetings" in foreign.answer
 
 
 def test_a_fact_without_questions_is_refused(tmp_path):

@@ -27,6 +27,7 @@ NOWHERE = "http://127.0.0.1:1/"  # refuses every connection
 TOOLS = (
     *("awk", "bash", "cat", "cmp", "df", "dirname", "grep", "head", "mkdir", "mv"),
     *("paste", "rm", "sed", "seq", "sort", "tail", "tr", "uname"),
+    *(["ps"] if not Path("/proc/self").exists() else []),
 )
 
 
@@ -78,7 +79,7 @@ class Project:
         (folder / "pyproject.toml").write_text(
             f'[project]\nname = "nanochat"\nversion = "0.1.0"\n{pythons[0]}\ndependencies = ["torch>=2.9,<3"]\n'
             '[project.optional-dependencies]\ndev = ["in-no-index"]\n'
-            '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+            '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]'  # no newline at the end
         )
         needs = "Requires-Dist: torch\nProvides-Extra: dev\nRequires-Dist: in-no-index; extra == 'dev'\n"
         build = f"def build_editable(folder, *_):\n    return write_wheel(folder, 'nanochat', '0.1.0', {needs!r})\n"
@@ -162,12 +163,15 @@ def test_an_interrupted_set_up_keeps_what_is_there_and_goes_on(prepared):
     assert run.returncode == 130 and b"interrupted; what is installed is kept" in output
     half = prepared.packages / "torch-2.9.0.dist-info"  # as if it had been cut off while it was being unpacked
     (half / "INSTALLER").unlink()
+    (prepared.packages / "~orch-2.8.0.dist-info").mkdir()  # what pip puts aside while it replaces a package
+    (prepared.packages / "~orch-2.8.0.dist-info" / "INSTALLER").touch()
     (prepared.packages / "torch.py").unlink()
 
     after = prepared.set_up()
     assert after.returncode == 0 and "going on from there" in after.stdout, after
     assert "making .venv" not in after.stdout and (prepared.packages / "kept.txt").exists()
     assert (half / "INSTALLER").exists() and (prepared.packages / "torch.py").exists()
+    assert not list(prepared.packages.glob("~*"))
 
 
 def test_without_a_network_one_line_says_so(prepared):

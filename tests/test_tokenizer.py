@@ -292,6 +292,24 @@ def test_tok_train_saves_a_tokenizer_that_tok_eval_measures(text_file: str, base
     assert len({len(line) for line in lines[header : header + 8]}) == 1  # aligned
 
 
+def test_the_words_of_conversations_are_learned_too(text_file: str, base_dir: Path) -> None:
+    def turns(question: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": "grumblethwack"}]
+
+    questions = [f"{word} {number}" for number in range(400) for word in ("zyxwvutsr", "qponmlkji")]
+    chats = base_dir / "chats.jsonl"
+    base_dir.mkdir(exist_ok=True)
+    chats.write_text("".join(json.dumps({"messages": turns(question)}) + "\n" for question in questions))
+    sizes = {}
+    for flag in ("", f"--chat-data={chats}"):
+        tok_train.main([text_file, "--vocab-size=400", "--overwrite", *filter(None, [flag])])
+        tokenizer = Tokenizer.load(base_dir / "tokenizer")
+        sizes[flag] = [len(tokenizer.encode(word)) for word in ("grumblethwack", "zyxwvutsr")]
+    assert sizes[f"--chat-data={chats}"] == [1, 1] and min(sizes[""]) > 3
+    with pytest.raises(UserError, match="--max-chars=100: the conversations alone have as many characters"):
+        tok_train.main([text_file, "--vocab-size=400", "--overwrite", f"--chat-data={chats}", "--max-chars=100"])
+
+
 def test_the_vocabulary_follows_from_the_depth(text_file: str, base_dir: Path, capsys) -> None:
     with pytest.raises(UserError, match=r"^--vocab-size=2048 \(derived from --depth=2\): .*or --vocab-size=\d+$"):
         tok_train.main([text_file, "--depth=2"])

@@ -1,7 +1,8 @@
 """Letter A: causal attention with rotary positions, QK-norm, sliding windows, grouped heads and value embeddings.
 
-Order of operations (pretraining spec 4.2): project, add the gated value embedding to v, rotate q and k, normalise them
-over the head, scale both by `qk_scale`, offset keys, attend within the layer's window, project back.
+Order of operations (pretraining spec 4.2, where keys are not offset): project, add the gated value embedding to v,
+rotate q and k, normalise them over the head, scale both by `qk_scale`, offset keys, attend within the layer's window,
+project back.
 
 Offset keys: half of each key, the pairs that rotate slowest, is the previous position's. A query for the current token
 then finds the position after its last occurrence, so one layer can copy what came next, which otherwise takes two and

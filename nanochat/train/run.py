@@ -142,7 +142,7 @@ class Run:
         if changed:
             raise UserError(
                 f"--resume: the model differs from {self.checkpoint.folder} ({'; '.join(changed)}); give the "
-                "flags of the first run, or another --model-tag"
+                "flags that make the saved one (after an update others than then), or another --model-tag"
             )
         check_tokenizer(self.checkpoint, tokenizer)
         self.checkpoint.load_model(model)
