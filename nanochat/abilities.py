@@ -350,8 +350,7 @@ def _mistyped(rng: Random, question: str) -> str:
 ABILITIES: dict[str, Ability] = {
     ability.name: ability for ability in (Spelling(), Counting(), Arithmetic(), Docs(), Identity())
 }
-# Docstrings are long and hardly to be learned: at a weight of 1 they cost questions about itself 5 to 10 % of the right
-# answers (dev/LOG.md 2026-11-21).
+# Docstrings are long and hardly to be learned in minutes, so they get little (dev/LOG.md 2026-11-21).
 WEIGHTS: Mapping[str, float] = {"spelling": 5, "counting": 3, "arithmetic": 2, "docs": 0.3, "identity": 7}
 GREETED_FRAC = 0.1  # of the conversations of a mixture, which begin with an exchange of greetings
 

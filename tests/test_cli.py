@@ -281,6 +281,8 @@ def test_every_mistake_in_a_model_configuration_is_told_at_once_by_its_flag():
     assert [line.split(":")[0] for line in told] == flags
     with pytest.raises(UserError, match=r"^--head-dim=15: must be even"):
         ModelConfig(n_head=2, n_kv_head=2, n_embd=30)
+    with pytest.raises(UserError, match=r"^--head-dim=14: must be a multiple of 4"):
+        ModelConfig(n_head=2, n_kv_head=2, n_embd=28, key_offset=True)
     with pytest.raises(UserError, match=r"^n_embd=30: .*\nn_head=4: must be a multiple of n_kv_head=3$"):
         ModelConfig(n_head=4, n_kv_head=3, n_embd=30)
 
