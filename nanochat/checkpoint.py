@@ -163,7 +163,7 @@ TRAINERS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "
 
 
 def find_checkpoint(source: str, tag: str = "", step: int | None = None, prefix: str = "model") -> Checkpoint:
-    """A saved model: by default the deepest tag (d<number>), else the newest, at its last step.
+    """A saved model: by default the deepest, of equals the newest, at its last step.
 
     Raises UserError saying what there is. prefix: of the flags that gave tag and step, for that message.
     """
@@ -186,8 +186,13 @@ def find_checkpoint(source: str, tag: str = "", step: int | None = None, prefix:
 
 
 def depth_then_age(folder: Path) -> tuple[int, float]:
-    match = re.match(r"d(\d+)", folder.name)
-    return int(match[1]) if match else -1, folder.stat().st_mtime
+    """Of a run's last checkpoint, whatever the tag; one that cannot be read counts as depth -1."""
+    try:
+        meta = read_json(folder / f"step_{saved_steps(folder)[-1]:06d}" / "meta.json")
+        depth = int(meta["model_config"]["n_layer"])
+    except (UserError, KeyError, TypeError, ValueError):
+        depth = -1
+    return depth, folder.stat().st_mtime
 
 
 def read_json(path: Path) -> dict[str, Any]:

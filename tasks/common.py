@@ -139,6 +139,8 @@ def load_conversations(path: Path) -> Task:
     """The conversations of one file, or of all .jsonl and .jsonl.gz files of a folder, shuffled together."""
     path = Path(path)
     with reading(path):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; give one of conversations, {' or '.join(KINDS)}")
         if not path.is_dir():
             return JSONLTask(path)
         files = sorted(file for file in path.iterdir() if file.name.endswith(KINDS) and not file.name.startswith("."))

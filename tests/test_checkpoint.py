@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, never silently replaced, and never loaded when they are not what they claim."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -217,12 +218,13 @@ def test_the_tokenizer_lives_with_the_model(save: Save, tokenizer: Tokenizer) ->
     assert find_checkpoint("base").tokenizer().fingerprint == tokenizer.fingerprint
 
 
-def test_the_deepest_tag_is_found_first_then_the_newest_and_always_what_is_asked_for(save: Save) -> None:
-    for tag, step in (("d2", 1), ("d10", 2), ("d4", 3), ("zebra", 4)):
-        save(tag, step)
-    assert find_checkpoint("base").step == 2
-    assert find_checkpoint("base", "zebra").step == 4
-    with pytest.raises(UserError, match="d10, d2, d4, zebra"):
+def test_the_deepest_model_is_found_first_then_the_newest_and_always_what_is_asked_for(save: Save) -> None:
+    for tag, step, depth in (("d9", 1, 1), ("big", 2, 3), ("d4", 3, 2), ("zebra", 4, 3)):
+        run = save(tag, step, config=replace(CONFIG, n_layer=depth))
+        os.utime(run.folder, (step, step))
+    assert find_checkpoint("base").step == 4  # whatever the tag says
+    assert find_checkpoint("base", "d9").step == 1
+    with pytest.raises(UserError, match="big, d4, d9, zebra"):
         find_checkpoint("base", "d3")
     with pytest.raises(UserError, match=r"no sft model is there.*chat_sft.*--source .base"):
         find_checkpoint("sft")

@@ -143,7 +143,7 @@ def test_a_bad_line_is_an_error_that_names_file_line_and_rule(tmp_path: Path, li
 
 
 def test_a_file_that_is_missing_empty_damaged_or_of_another_kind_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.jsonl: cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"gone\.jsonl: no such file or folder"):
         load_conversations(tmp_path / "gone.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"empty\.jsonl: holds no conversation"):
