@@ -10,22 +10,22 @@ A checkpoint is written to a hidden folder, synced, and renamed into place. So w
 and a crash or a full disk leaves the previous one as the newest.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class Checkpoint:
 
     def load_model(self, model: GPT) -> None:
         """Copy the weights into a model of the same configuration."""
-        saved = load_tensors(self.folder / "model.safetensors")
+        saved = TensorFile(self.folder / "model.safetensors")
         parameters = dict(model.named_parameters())
         assert saved.keys() == parameters.keys(), f"weights differ: {sorted(saved.keys() ^ parameters.keys())[:4]}"
         with torch.no_grad():
@@ -111,10 +111,27 @@ class Checkpoint:
         return model
 
     def load_optimizer(self, optimizer: MuonAdamW) -> None:
-        optimizer.load_state_dict(load_tensors(self.folder / "optimizer.safetensors"))
+        optimizer.load_state_dict(TensorFile(self.folder / "optimizer.safetensors"))
 
     def load_loader(self, loader: Resumable) -> None:
         loader.load_state({**self.meta["loader"], **load_arrays(self.folder / "loader.safetensors")})
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for: ranks that own a part need not hold all."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return cast(Tensor, self._file.get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def write_checkpoint(
@@ -129,6 +146,7 @@ def write_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        check_space(folder.parent, sum(num_bytes(group.values()) for group in tensors.values()))
         for name, group in tensors.items():
             unshared = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
             save_tensors(unshared, temporary / f"{name}.safetensors")
@@ -148,6 +166,18 @@ def write_checkpoint(
         steps = saved_steps(folder.parent)
         kept = f"step {steps[-1]} is the last one saved: continue with --resume=auto" if steps else "none is saved yet"
         raise UserError(f"{folder}: could not be saved ({error}); free some space; {kept}") from error
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OSError (no space left) where the disk of `folder` has less room than that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        reason = f"{needed_bytes / 1e9:.2f} GB are needed and {free_bytes / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, reason)
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import config
-from nanochat.common import FlagError, base_dir, print0, printable
+from nanochat.common import FlagError, UserError, base_dir, print0, printable
 from nanochat.common import run as run  # how every recipe ends
 
 Check = Callable[[argparse.Namespace], str | None]
@@ -277,6 +277,12 @@ def add_run_flags(parser: Parser) -> None:
     parser.flag("--resume", resume_point, "no", resume, "--resume-from-step", metavar="auto|STEP|no")
     parser.switch("--overwrite", "replace an earlier run of the same tag")
     parser.check(_resume_or_overwrite)
+    parser.flag("--keep-last", positive_int, 2, "checkpoints kept: the last N; and the best one in any case")
+    parser.flag("--keep-every", cadence, -1, "checkpoints kept in addition: those of every N-th step; -1: none")
+    grace = "seconds that SIGTERM or Ctrl-C leave for the running step and a checkpoint"
+    parser.flag("--grace-period", positive_float, 25.0, grace)
+    reduce = "what gradients travel between ranks in; empty: their own dtype"
+    parser.flag("--reduce-dtype", one_of("", "bfloat16"), "", reduce)
     parser.flag("--logger", one_of("console", "none"), "console", "who shows progress; metrics.jsonl is always written")
     parser.flag("--compile", one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs")
 
@@ -317,6 +323,15 @@ def data_folder(args: argparse.Namespace) -> Path:
     """Where the pretraining text is: a path, or the word `stdlib`."""
     shards = base_dir() / "base_data_climbmix"
     return Path(args.data_dir or (shards if os.path.exists(shards) else "stdlib"))
+
+
+def problem_of(build: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    """What the UserError says that a call ends with; for `Parser.check`."""
+    try:
+        build(*args, **kwargs)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def add_plan_flags(parser: Parser, eval_every: int, save_every: int) -> None:

@@ -34,6 +34,18 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """A recipe was asked to stop by a signal and has done so in order. `code`: of the process's exit."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class LostRank(Exception):
+    """Another rank of the job is gone, so that this one cannot go on."""
+
+
 class FlagError(UserError):
     """Mistakes in a command line. Every rank has the same one, so one of them tells."""
 
@@ -114,7 +126,8 @@ def show_progress(name: str, done: int, total: int) -> None:
 def run(main: Callable[[], None]) -> None:
     """Call a recipe's `main` as the process. What goes wrong becomes lines on stderr and an exit code, no traceback.
 
-    2: a UserError. 1: a training that diverged or found no memory. 130: Ctrl-C. 141: our reader left, as `| head` does.
+    2: a UserError. 1: a training that diverged or found no memory, or lost one of its ranks. 130: Ctrl-C, 143: SIGTERM
+    (`train.stop`). 141: our reader left, as `| head` does.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -141,6 +154,10 @@ def _exit_code(main: Callable[[], None]) -> int:
         return _fail(2, str(error)) if is_first or not isinstance(error, FlagError) else 2
     except (FloatingPointError, MemoryError) as error:
         return _fail(1, str(error) or "out of memory")
+    except LostRank as error:
+        return _fail(1, str(error)) if str(error) else 1
+    except Stopped as end:
+        return _fail(end.code, str(end), prefix="") if is_first else end.code
     except KeyboardInterrupt:
         goes_on = "; a training run goes on from its last checkpoint with --resume=auto" if _can_resume(main) else ""
         return _fail(130, f"interrupted{goes_on}", prefix="\n") if is_first else 130

@@ -7,8 +7,9 @@ A plain process is rank 0 of 1. Under torchrun the ranks form a process group, n
 W ranks never train W different models by mistake.
 """
 
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError, launch_ranks, peak_flops, requested_dtype
+from nanochat.common import LostRank, UserError, launch_ranks, peak_flops, requested_dtype
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -28,6 +29,19 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,  # for tests: exact enough to compare two orders of summation
 }
+
+
+def reduce_dtype(name: str) -> torch.dtype | None:
+    """What --reduce-dtype means."""
+    return DTYPES[name] if name else None
+
+
+# How gloo and nccl say that a peer is no longer there.
+LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|timed out|remote process exited|NCCL", re.IGNORECASE)
+
+# New names since torch 2.13, where the old ones warn.
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,27 @@ class Runtime:
         exact = torch.float32 if self.device.type == "mps" else torch.float64
         return self.sum(torch.tensor(float(value), dtype=exact, device=self.device)).item()
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up every parameter's gradient over ranks, in place."""
+    def max_number(self, value: float) -> float:
+        """The largest of a Python number over ranks."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(float(value), device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def reduce_scatter(self, own: Tensor, whole: Tensor) -> dist.Work:
+        """Begin to put the sum over ranks of `whole` (W * n, ...) into `own` (n, ...), rank r getting its r-th part."""
+        return cast(dist.Work, REDUCE_SCATTER(own, whole, async_op=True))
+
+    def all_gather(self, whole: Tensor, own: Tensor) -> dist.Work:
+        """Begin to put `own` (n, ...) of all ranks, one behind the other, into `whole` (W * n, ...)."""
+        return cast(dist.Work, ALL_GATHER(whole, own, async_op=True))
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` on all ranks, in place."""
         if self.world_size > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
+            dist.broadcast(tensor, src=0)
+        return tensor
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -134,15 +163,43 @@ def runtime(device_type: str = "") -> Iterator[Runtime]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world_size > 1:
-        is_cuda = device.type == "cuda"
-        backend = "nccl" if is_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device if is_cuda else None)
     try:
-        yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
-    finally:
         if world_size > 1:
+            join_ranks(device)
+        yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
+    except (UserError, RuntimeError) as error:
+        if world_size > 1:
+            raise tell_once(error, rank) from error
+        raise
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join_ranks(device: torch.device) -> None:
+    """Make this process one of the job's ranks."""
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if is_cuda else None
+    )
+
+
+def tell_once(error: UserError | RuntimeError, rank: int) -> Exception:
+    """What a rank ends with where `error` came up: one rank of the job tells, the others go down in silence.
+
+    When a rank dies, all others fail in their next sum over ranks; each of them would have the same to say.
+    """
+    is_symptom = isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
+    if not (is_symptom or isinstance(error, UserError)):
+        return error
+    try:
+        is_first = dist.distributed_c10d._get_default_store().add("nanochat/told", 1) == 1
+    except (RuntimeError, ValueError):  # the store is gone, too, or there never was one
+        is_first = rank <= 1
+    if not is_symptom:
+        return error if is_first else LostRank("")
+    message = f"rank {rank}: another rank of this job has died (its own message, if it could give one, stands above)"
+    return LostRank(f"{message}; go on from the last checkpoint with --resume=auto" if is_first else "")
 
 
 def find_device(device_type: str, local_rank: int) -> torch.device:

@@ -5,12 +5,13 @@
     step -> Multipliers           `TrainingPlan.at`
 
 Two sets of laws. `reference` is the ancestor's, number for number (pretraining spec 5). `nanochat`, the default,
-differs where the reference contradicts itself (batch size and weight decay follow the real horizon, short runs get a
-complete schedule, small models get a small vocabulary) and offsets keys. All constants of the dial stand in this
-file alone.
+differs where the reference contradicts itself (batch size and weight decay follow the real horizon, the batch does not
+jump between depths, short runs get a complete schedule, small models get a small vocabulary) and offsets keys. All
+constants of the dial stand in this file alone.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nanochat.common import UserError
@@ -203,13 +204,64 @@ class Horizon:
     ratio: float = DEFAULT_RATIO
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """What all ranks take at once: `rows` rows of `sequence_len` tokens each. A step is a whole number of them."""
+
+    sequence_len: int
+    world_size: int = 1
+    rows: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.sequence_len * self.world_size * self.rows
+
+    def check(self, batch_tokens: int) -> None:
+        """Raise UserError, naming what would do, unless a step of `batch_tokens` is whole micro-batches."""
+        if batch_tokens % self.tokens == 0:
+            return
+        lower, upper = batch_tokens // self.tokens * self.tokens, -(-batch_tokens // self.tokens) * self.tokens
+        advice = f"the nearest totals are {lower} and {upper}" if lower else f"the nearest total is {upper}"
+        if batch_tokens % (self.sequence_len * self.rows) == 0:
+            per_rank = batch_tokens // (self.sequence_len * self.rows)
+            near = sorted((w for w in range(1, per_rank + 1) if per_rank % w == 0), key=self._distance)[:2]
+            advice += f"; it can be split over {' or '.join(map(str, sorted(near)))} ranks"
+        raise UserError(
+            f"--total-batch-size: {batch_tokens} must be a multiple of {self.tokens} tokens, which is sequence length "
+            f"{self.sequence_len} x {self.world_size} ranks x --device-batch-size {self.rows}; {advice}"
+        )
+
+    def _distance(self, world_size: int) -> int:
+        return abs(world_size - self.world_size)
+
+    def nearest(self, batch_tokens: float) -> int:
+        """The batch that a law's ideal becomes: rows with a mantissa of four bits.
+
+        So the batch is within 6 % of the ideal, the same for 1, 2, 4, 8 ranks unless it is tiny, and made of passes of
+        equal size. Rounding to a power of two, as the reference does, moves learning rates by up to a fifth.
+        """
+        rows = four_bits(batch_tokens / self.sequence_len)
+        per_rank = four_bits(math.ceil(rows / (self.world_size * self.rows)), math.ceil)
+        return per_rank * self.tokens
+
+
+def four_bits(number: float, rounded: Callable[[float], int] = round) -> int:
+    """A whole number near `number`, at least 1, of the form m * 2^k with m at most 16.
+
+    >>> [four_bits(n) for n in (0.2, 7, 17, 35, 103, 256)]
+    [1, 7, 16, 36, 104, 256]
+    """
+    unit = 2.0 ** max(0, math.floor(math.log2(max(number, 1))) - 3)
+    return max(1, int(rounded(number / unit) * unit))
+
+
 def training_plan(
     scaling_params: int,
     reference_scaling_params: int,
     flops_per_token: int,
     width: int,
     horizon: Horizon,
-    batch_multiple: int,
+    micro_batch: MicroBatch,
     total_batch_tokens: int | None = None,
     weight_decay: float = BASE_WEIGHT_DECAY,
     schedule: Schedule = Schedule(),  # noqa: B008 (frozen)
@@ -217,17 +269,17 @@ def training_plan(
 ) -> TrainingPlan:
     """The plan of a run from its counts.
 
-    scaling_params: N, block matrices plus head; reference_scaling_params: N of depth 12. batch_multiple: tokens that
-    one micro-step over all ranks takes at least; the derived batch is a multiple of it. Raises UserError where a given
-    batch is not.
+    scaling_params: N, block matrices plus head; reference_scaling_params: N of depth 12. micro_batch: the smallest
+    that the step may be made of; the derived batch is a multiple of it. Raises UserError where a given batch is not.
     """
     law = LAWS[laws]
     reference_tokens = (horizon.ratio if not law.follow_horizon else DEFAULT_RATIO) * reference_scaling_params
     tokens = horizon_tokens(scaling_params, reference_tokens, flops_per_token, horizon, total_batch_tokens, law)
-    batch = total_batch_tokens or derived_batch(tokens / reference_tokens, batch_multiple)
+    batch = total_batch_tokens or derived_batch(tokens / reference_tokens, micro_batch, law)
     if law.fit_short_runs and total_batch_tokens is None and horizon.num_steps is None:
-        batch = min(batch, max(1, int(tokens / MIN_STEPS / batch_multiple)) * batch_multiple)
-    check_batch(batch, batch_multiple)
+        most = max(1, int(tokens / MIN_STEPS / micro_batch.tokens))
+        batch = min(batch, four_bits(most, math.floor) * micro_batch.tokens)
+    micro_batch.check(batch)
     num_steps = max(1, horizon_steps(tokens, flops_per_token, horizon, batch))
     real_tokens = num_steps * batch if law.follow_horizon else tokens
     scaled_decay = (
@@ -242,17 +294,6 @@ def training_plan(
         schedule=schedule,
         fit_short_runs=law.fit_short_runs,
     )
-
-
-def check_batch(batch_tokens: int, multiple: int) -> None:
-    """Raise UserError unless whole passes of `multiple` tokens (a row's times all rows of a pass) make up the batch."""
-    if batch_tokens % multiple:
-        lower, upper = batch_tokens // multiple * multiple, -(-batch_tokens // multiple) * multiple
-        nearest = f"{lower} and {upper}" if lower else upper
-        raise UserError(
-            f"--total-batch-size: {batch_tokens} must be a multiple of {multiple} tokens, which is sequence length x "
-            f"ranks x --device-batch-size; change either, the nearest totals are {nearest}"
-        )
 
 
 def horizon_tokens(
@@ -270,10 +311,16 @@ def horizon_tokens(
     return int(horizon.ratio * scaling_params)
 
 
-def derived_batch(token_ratio: float, multiple: int) -> int:
-    """Power-of-two batch in tokens for a horizon of `token_ratio` times the reference's, at least one `multiple`."""
-    ideal = 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * token_ratio**BATCH_EXPONENT))
-    return max(1, round(ideal / multiple)) * multiple
+def derived_batch(token_ratio: float, micro_batch: MicroBatch, law: Laws) -> int:
+    """Batch in tokens for a horizon of `token_ratio` times the reference's, whole micro-batches.
+
+    Reference: a power of two, so that the learning rates of neighbouring depths jump by up to sqrt(2) (pretraining
+    spec 12, item 23). Ours follows the law as closely as rows allow.
+    """
+    ideal = REFERENCE_BATCH_TOKENS * token_ratio**BATCH_EXPONENT
+    if law.follow_horizon:
+        return micro_batch.nearest(ideal)
+    return max(1, round(2 ** round(math.log2(ideal)) / micro_batch.tokens)) * micro_batch.tokens
 
 
 def horizon_steps(tokens: float, flops_per_token: int, horizon: Horizon, batch: int) -> int:

@@ -9,9 +9,10 @@ Needs a tokenizer (scripts.tok_train). Writes checkpoints and metrics.jsonl to <
 
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from nanochat import cli, scaling
-from nanochat.common import base_dir, prepare_process, print0, record_stage
+from nanochat.common import base_dir, launch_ranks, prepare_process, print0, record_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -36,7 +37,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     cli.add_architecture_flags(parser)
     cli.add_run_flags(parser)
     parser.check(lambda args: cli.at_most_one(args, horizons))
+    parser.check(lambda args: cli.problem_of(scaling.model_config, args.depth, **model_shape(args)))
+    parser.check(check_batch)
     return parser.parse(argv)
+
+
+def check_batch(args: Namespace) -> str | None:
+    """The rule that a given batch is whole passes over the ranks that the launcher has started."""
+    micro_batch = scaling.MicroBatch(args.max_seq_len, launch_ranks()[1], args.device_batch_size or 1)
+    return cli.problem_of(micro_batch.check, args.total_batch_size) if args.total_batch_size else None
+
+
+def model_shape(args: Namespace) -> dict[str, Any]:
+    """What `scaling.model_config` takes besides depth and vocabulary."""
+    given = {"sequence_len": args.max_seq_len, "aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim}
+    return given | {"laws": args.laws} | cli.architecture_switches(args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.loader import PretrainLoader, validation_batches
     from nanochat.model.gpt import build_model, flops_per_token, scaling_parameters
     from nanochat.optim import MuonAdamW
-    from nanochat.parallel import runtime
+    from nanochat.parallel import reduce_dtype, runtime
     from nanochat.tokenizer import Tokenizer
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
@@ -59,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with runtime(args.device_type) as rt, record_stage("base_train") as record:
         rt.check_can_train()
         # The dial: a model of this depth, and the plan that its size and horizon ask for
-        shape = {"sequence_len": args.max_seq_len, "aspect_ratio": args.aspect_ratio, "head_dim": args.head_dim}
-        shape |= {"laws": args.laws} | cli.architecture_switches(args)
+        shape = model_shape(args)
         config = scaling.model_config(args.depth, tokenizer.vocab_size, **shape)
         reference = scaling.model_config(scaling.REFERENCE_DEPTH, tokenizer.vocab_size, **shape)
+        inputs = {"text": corpus.train.fingerprint(), "tokenizer": tokenizer.fingerprint}
+        run = Run.open("base", cli.run_tag(args, f"d{args.depth}"), args, rt, inputs)
+        if run.is_finished:
+            print0(f"{run.folder}: finished at step {run.start}, nothing to do")
+            return
         expected_flops = args.time_budget * rt.expected_flops if args.time_budget else args.target_flops
         plan = scaling.training_plan(
             scaling_parameters(config),
@@ -70,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             flops_per_token(config),
             config.n_embd,
             scaling.Horizon(args.num_iterations, expected_flops, args.target_param_data_ratio or scaling.DEFAULT_RATIO),
-            batch_multiple=config.sequence_len * rt.world_size * (args.device_batch_size or 1),
-            total_batch_tokens=args.total_batch_size,
+            scaling.MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1),
+            total_batch_tokens=args.total_batch_size or run.saved_plan.get("total_batch_tokens"),
             weight_decay=args.weight_decay,
             schedule=scaling.Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
             laws=args.laws,
@@ -80,18 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = args.device_batch_size or scaling.device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
-
-        # The run: everything that a checkpoint brings back
-        inputs = {"text": corpus.train.fingerprint(), "tokenizer": tokenizer.fingerprint}
-        run = Run.open("base", cli.run_tag(args, f"d{args.depth}"), args, rt, inputs)
-        if run.is_finished:
-            print0(f"{run.folder}: finished at step {run.start}, nothing to do")
-            return
         if args.time_budget is None:
             run.check_horizon(plan.num_steps)
         model = build_model(config, rt.device, rt.dtype, args.seed)
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
-        optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
+        optimizer = MuonAdamW(
+            dict(model.named_parameters()), model.parameter_roles(), rates, rt, reduce_dtype(args.reduce_dtype)
+        )
         loader = PretrainLoader(corpus.train, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         loss_fn = rt.compile(model.loss, args.compile)
@@ -123,23 +137,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_step=plan.total_batch_tokens,
             flops_per_token=model.flops_per_token(),
             time_budget_s=args.time_budget,
+            grace_s=args.grace_period,
         )
         record.update(earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values()))
         for step in loop:
-            if step.due(args.save_every) or step.last:
+            if step.save_due(args.save_every):
                 with step.paused():
                     run.save(step.index, model, optimizer, loader, tokenizer, progress.to_dict(), inheritance)
-            if step.due(args.eval_every, at_start=True):
+            if step.due(args.eval_every, at_start=True) and not step.stopping:
                 with step.paused():
                     val_batches = validation_batches(
                         corpus.val, tokenizer, rows, config.sequence_len, args.eval_tokens, rt.rank, rt.world_size
                     )
                     record["val_bpb"] = evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt)
                     step.log(val_bpb=record["val_bpb"])
-            if step.last:
+                    run.note_validation(step.index, record["val_bpb"])
+            if step.over:
                 break
             now = plan.at(step.index, step.total)
             step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+        loop.check_completed()
         run.finish()
         record.update(loop.summary(), flags=vars(args), model=config.to_dict(), metrics=run.relative_metrics_path)
         print0(f"trained {run.folder} to step {step.index}")

@@ -201,7 +201,7 @@ def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     config = model_config(args)
     model = build_model(config, rt.device, rt.dtype, args.seed)
     rates = scaling.BaseRates().by_role()
-    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
+    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt)
     rng = torch.Generator().manual_seed(args.seed)
     ids = torch.randint(config.vocab_size, (args.device_batch_size, config.sequence_len + 1), generator=rng)
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, :-1], dtype=torch.int32))

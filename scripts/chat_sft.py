@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.evals.bpb import evaluate_bpb
     from nanochat.loader import ConversationLoader
     from nanochat.optim import MuonAdamW
-    from nanochat.parallel import runtime
-    from nanochat.scaling import BaseRates, check_batch, device_batch_rows, sft_plan
+    from nanochat.parallel import reduce_dtype, runtime
+    from nanochat.scaling import BaseRates, MicroBatch, device_batch_rows, sft_plan
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
     from nanochat.train.run import Run
@@ -60,28 +60,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
     with runtime(args.device_type) as rt, record_stage("chat_sft") as record:
         rt.check_can_train()
-        batch_tokens = args.total_batch_size or inherited["total_batch_tokens"]
-        rows_per_step = max(1, batch_tokens // (config.sequence_len * rt.world_size))
+        run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt)
+        micro_batch = MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1)
+        derived = run.saved_plan.get("total_batch_tokens") or micro_batch.nearest(inherited["total_batch_tokens"])
+        batch_tokens = args.total_batch_size or derived
+        micro_batch.check(batch_tokens)
+        rows_per_step = batch_tokens // (config.sequence_len * rt.world_size)
         rows = args.device_batch_size or device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
-        check_batch(batch_tokens, rows * config.sequence_len * rt.world_size)
         loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
+        run.check_inputs({"base model": base.fingerprint, "set of conversations": loader.fingerprint})
+        if run.is_finished:
+            print0(f"{run.folder}: finished at step {run.start}, nothing to do")
+            return
         val_loader = ConversationLoader(val_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size)
         num_steps = args.num_iterations or max(
             1, round((args.num_epochs or 1.0) * loader.num_rows / (rows_per_step * rt.world_size))
         )
         plan = sft_plan(num_steps, batch_tokens, config.n_embd, inherited["laws"])
-
-        inputs = {"base model": base.fingerprint, "set of conversations": loader.fingerprint}
-        run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt, inputs)
-        if run.is_finished:
-            print0(f"{run.folder}: finished at step {run.start}, nothing to do")
-            return
         if args.time_budget is None:
             run.check_horizon(num_steps)
         model = base.build_model(rt.device, rt.dtype)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
-        optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt.orthogonalize_dtype)
+        optimizer = MuonAdamW(
+            dict(model.named_parameters()), model.parameter_roles(), rates, rt, reduce_dtype(args.reduce_dtype)
+        )
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         loss_fn = rt.compile(model.loss, args.compile)
         steps = f"{num_steps:,}" if args.time_budget is None else f"as many as {args.time_budget:g} s allow"
@@ -106,23 +109,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_step=batch_tokens,
             flops_per_token=model.flops_per_token(),
             time_budget_s=args.time_budget,
+            grace_s=args.grace_period,
         )
         record.update(
             base_model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values())
         )
         for step in loop:
-            if step.due(args.save_every) or step.last:
+            if step.save_due(args.save_every):
                 with step.paused():
                     run.save(step.index, model, optimizer, loader, tokenizer, progress.to_dict(), inheritance)
-            if step.due(args.eval_every, at_start=True):
+            if step.due(args.eval_every, at_start=True) and not step.stopping:
                 with step.paused():
                     val_batches = val_loader.one_pass(args.eval_tokens)
                     record["val_bpb"] = evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt)
                     step.log(val_bpb=record["val_bpb"])
-            if step.last:
+                    run.note_validation(step.index, record["val_bpb"])
+            if step.over:
                 break
             now = plan.at(step.index, step.total)
             step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+        loop.check_completed()
         run.finish()
         record.update(loop.summary(), flags=vars(args), metrics=run.relative_metrics_path)
         print0(f"trained {run.folder} to step {step.index}")

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Tests run on one thread each: two spinning threads on a shared core are far slower."""
 
+import json
 import os
 from pathlib import Path
 
@@ -37,3 +38,41 @@ def recurrent(monkeypatch: pytest.MonkeyPatch) -> str:
 
     monkeypatch.setitem(MIXERS, "R", TinyRecurrent)
     return "R"
+
+
+# What recipes train on ---------------------------------------------------------------------------------------------
+
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i} + 1?"},
+            {"role": "assistant", "content": f"It is {i + 1}."},
+        ]
+    }
+    for i in range(60)
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text: the sources of the tests."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+        (folder / f"{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of conversations about small sums."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(conversation) + "\n" for conversation in CHAT), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer(base_dir: Path, text: Path) -> None:
+    """A tokenizer of 400 tokens in the base folder."""
+    from scripts import tok_train
+
+    tok_train.main([f"--data-dir={text}", "--vocab-size=400"])

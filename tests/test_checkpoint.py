@@ -48,7 +48,8 @@ class Position:
 
 
 def flags(resume: str | int = "no", overwrite: bool = False, **changes: object) -> Namespace:
-    return Namespace(**{"resume": resume, "overwrite": overwrite, "depth": 2, "num_iterations": 10, **changes})
+    given = {"resume": resume, "overwrite": overwrite, "depth": 2, "num_iterations": 10}
+    return Namespace(**(given | {"save_every": 1, "keep_last": 2, "keep_every": -1} | changes))
 
 
 def training(config: ModelConfig = CONFIG, seed: int = 0) -> tuple[GPT, MuonAdamW]:
@@ -150,8 +151,10 @@ def test_a_run_is_not_replaced_unless_told_so(save: Save) -> None:
 def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(save: Save, tokenizer: Tokenizer) -> None:
     folder = save("d2", 5, finish=True).folder
     before = snapshot(folder)
-    Run.open("base", "d2", flags(overwrite=True), RT).metrics_path.write_text("{}")  # and dies
-    run = Run.open("base", "d2", flags(overwrite=True), RT)
+    for _ in range(2):
+        run = Run.open("base", "d2", flags(overwrite=True), RT)
+        run.restore(*training(), Position(), tokenizer)
+        run.metrics_path.write_text("{}")  # and dies, the first time
     assert (run.start, run.is_finished) == (0, False)
     assert snapshot(folder) == before and find_checkpoint("base").step == 5
     run.save(2, *training(), Position(), tokenizer, {}, {})

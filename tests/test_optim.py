@@ -32,7 +32,7 @@ def test_roles_cover_each_parameter_exactly_once_and_every_step_moves_it(pattern
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = MuonAdamW(parameters, roles, RATES)
     stepped = [id(item.parameter) for item in optimizer.adam.values()]
-    stepped += [id(p) for group in optimizer.muon.values() for p in group.parameters]
+    stepped += [id(p) for group in optimizer.muon for bucket in group.buckets for p in bucket.parameters]
     assert sorted(stepped) == sorted(id(p) for p in parameters.values())
     step_with_gradient(optimizer, seed=0)
     assert [name for name, p in parameters.items() if torch.equal(p, before[name])] == []
@@ -90,7 +90,7 @@ def test_decay_acts_only_where_the_update_shrinks_the_weight_too() -> None:
     gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
     for p, decay in ((decayed, 0.5), (plain, 0.0)):
         p.grad = gradient.clone()
-        MuonGroup([p], rate=0.02, dtype=None).step(1.0, 0.9, decay)
+        MuonAdamW({"m": p}, {"m": "matrix"}, RATES).step(1.0, 0.9, decay)
     start = parameter(6, 6)
     shrinks = (start - plain) * start > 0
     assert torch.equal(shrinks, decayed != plain)
@@ -98,7 +98,7 @@ def test_decay_acts_only_where_the_update_shrinks_the_weight_too() -> None:
 
 
 def test_tall_matrices_take_larger_steps_by_the_root_of_their_shape() -> None:
-    tall, square = MuonGroup([parameter(64, 16)], 0.02, None), MuonGroup([parameter(16, 16)], 0.02, None)
+    tall, square = MuonGroup({"m": parameter(64, 16)}, 0.02), MuonGroup({"m": parameter(16, 16)}, 0.02)
     assert tall.rate == pytest.approx(2 * square.rate)
 
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,36 +16,6 @@ from scripts import base_loss, base_train, chat_cli, chat_sft, tok_eval, tok_tra
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--device-batch-size=2"]
 TINY += ["--total-batch-size=256", "--eval-tokens=500", "--logger=none", "--compile=off", "--device-type=cpu"]
-CHAT = [
-    {
-        "messages": [
-            {"role": "user", "content": f"What is {i} + 1?"},
-            {"role": "assistant", "content": f"It is {i + 1}."},
-        ]
-    }
-    for i in range(60)
-]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of text: the sources of the tests."""
-    folder = tmp_path_factory.mktemp("text")
-    for path in sorted((REPO / "tests").glob("test_*.py")):
-        (folder / f"{path.stem}.txt").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    path.write_text("".join(json.dumps(conversation) + "\n" for conversation in CHAT), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def tokenizer(base_dir: Path, text: Path) -> None:
-    tok_train.main([f"--data-dir={text}", "--vocab-size=400"])
 
 
 def metrics(source: str, tag: str = "d2") -> list[dict[str, float]]:
@@ -147,28 +115,6 @@ def test_a_time_budget_is_kept(text: Path) -> None:
 
 
 @pytest.mark.usefixtures("tokenizer")
-def test_a_killed_run_goes_on_and_ends_bit_identical(text: Path, base_dir: Path) -> None:
-    flags = [*TINY, f"--data-dir={text}", "--num-iterations=40", "--eval-every=20", "--save-every=5"]
-    base_train.main([*flags, "--model-tag=whole"])
-    command = [sys.executable, "-m", "scripts.base_train", *flags, "--model-tag=killed", "--resume=auto"]
-    process = subprocess.Popen(command, cwd=REPO, env={**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)})
-    deadline = time.monotonic() + 120
-    while not saved_steps(run_folder("base", "killed")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    stopped_at = saved_steps(run_folder("base", "killed"))[-1]
-    assert stopped_at < 40, "the run was over before it could be killed"
-    base_train.main([*flags, "--model-tag=killed", "--resume=auto"])
-    whole, killed = (find_checkpoint("base", tag).folder for tag in ("whole", "killed"))
-    for name in ("model.safetensors", "optimizer.safetensors", "loader.safetensors"):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-    same = ("step", "loss_raw", "val_bpb", "tokens")
-    trace = [[{key: record.get(key) for key in same} for record in metrics("base", tag)] for tag in ("whole", "killed")]
-    assert trace[0] == trace[1]
-
-
-@pytest.mark.usefixtures("tokenizer")
 def test_a_finished_model_is_not_overwritten_and_resume_leaves_it(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,21 +167,6 @@ def test_the_tokenizer_is_compared_on_every_kind_of_text(
 ) -> None:
     tok_eval.main([f"--data-dir={text}", "--json"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-@pytest.mark.usefixtures("tokenizer")
-def test_two_ranks_train_the_same_model_as_one(text: Path, base_dir: Path) -> None:
-    flags = [*TINY, f"--data-dir={text}", "--num-iterations=6", "--eval-every=3"]
-    base_train.main([*flags, "--model-tag=alone"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["scripts.base_train", "--", *flags, "--model-tag=pair"]
-    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir)}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=environment, timeout=120)
-    assert result.returncode == 0, result.stderr
-    for alone, pair in zip(metrics("base", "alone"), metrics("base", "pair"), strict=True):
-        assert pair["tokens"] == alone["tokens"]
-        for key in {"loss_raw", "val_bpb"} & alone.keys():
-            assert pair[key] == pytest.approx(alone[key], rel=1e-3), (key, alone["step"])
 
 
 @pytest.mark.usefixtures("tokenizer")

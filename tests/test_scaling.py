@@ -11,6 +11,7 @@ from nanochat.scaling import (
     LAWS,
     BaseRates,
     Horizon,
+    MicroBatch,
     Schedule,
     TrainingPlan,
     device_batch_rows,
@@ -63,7 +64,7 @@ REFERENCE = {
 def plan_of(depth: int, laws: str, horizon: Horizon = Horizon(), **given: int) -> TrainingPlan:  # noqa: B008
     config, reference = model_config(depth, laws=laws), model_config(12, laws=laws)
     counts = scaling_parameters(config), scaling_parameters(reference), flops_per_token(config), config.n_embd
-    return training_plan(*counts, horizon, batch_multiple=config.sequence_len, laws=laws, **given)
+    return training_plan(*counts, horizon, MicroBatch(config.sequence_len), laws=laws, **given)
 
 
 @pytest.mark.parametrize("depth", REFERENCE)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from nanochat.config import ModelConfig
 from nanochat.loader import Batch
 from nanochat.model.gpt import GPT, build_model
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import Runtime, runtime
+from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates, TrainingPlan
 from nanochat.train.loop import Loop, Progress
 from nanochat.train.metrics import JsonlLogger, open_loggers
@@ -249,34 +247,3 @@ def test_the_loss_compiles_as_one_graph_with_equal_gradients(pattern: str, doc_m
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
-
-
-# Several ranks -----------------------------------------------------------------------------------------------------
-
-
-def rank_program(rank: int, world_size: int, port: int, out: Path) -> None:
-    """One rank of two: four of the eight rows of a step each; saves the gradients that its optimizer saw."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ["WORLD_SIZE"] = str(world_size)
-    torch.set_num_threads(1)
-    with runtime("cpu") as rt:
-        model, optimizer = tiny_training()
-        add_noise(model)
-        mine = next(part for i, part in enumerate(next(batches(8)).split(8 // world_size)) if i == rank)
-        loss = train_step(model.loss, iter([mine]), optimizer, PLAN.at(0), rt)
-    torch.save({"loss": torch.tensor(loss), **optimizer.gradients}, out / f"{rank}.pt")
-
-
-def test_gradients_over_ranks_add_up_to_those_of_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_program, (2, port, tmp_path), nprocs=2)
-    model, alone = tiny_training()
-    add_noise(model)
-    loss = train_step(model.loss, batches(8), alone, PLAN.at(0), RT)
-    for rank in range(2):
-        saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert saved.pop("loss").item() == pytest.approx(loss, rel=1e-6)
-        flat, other = (torch.cat([g[name].flatten() for name in saved]) for g in (alone.gradients, saved))
-        assert (other - flat).norm() <= 1e-6 * flat.norm()

@@ -4,12 +4,14 @@
         if step.due(args.eval_every, at_start=True):
             with step.paused():
                 step.log(val_bpb=...)
-        if step.last:
+        if step.over:
             break
         step.log(loss=train_step(...))
+    loop.check_completed()
 
 Steps are numbered from 0; the step with index == total comes after the last update, so evaluation and saving stand
 once, at the top. Paused time is not training time. With a time budget the total is re-estimated from the pace so far.
+When the process is asked to stop (train/stop.py), the loop ends at the next step on all ranks, where a save is due.
 """
 
 import statistics
@@ -22,6 +24,7 @@ from typing import Any
 
 from nanochat.parallel import Runtime
 from nanochat.train.metrics import Logger, Record
+from nanochat.train.stop import StopRequest
 
 SMOOTHING = 0.9  # of the reported loss
 
@@ -53,6 +56,7 @@ class Step:
     def __init__(self, index: int, total: int, progress: Progress, rt: Runtime) -> None:
         self.index, self.total, self.progress = index, total, progress
         self.last = index >= total
+        self.stopping = False  # asked to end here; true on all ranks alike
         self.record: Record = {}
         self.paused_s = 0.0
         self._rt = rt
@@ -62,6 +66,15 @@ class Step:
         if every < 1:
             return False
         return self.last or (self.index % every == 0 and (self.index > 0 or at_start))
+
+    def save_due(self, every: int) -> bool:
+        """As `due`; and where the run is asked to stop, unless nothing has been learned yet."""
+        return self.last or self.due(every) or (self.stopping and self.index > 0)
+
+    @property
+    def over(self) -> bool:
+        """No update follows."""
+        return self.last or self.stopping
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -86,7 +99,8 @@ class Step:
 class Loop:
     """Iterates over steps start..total. tokens_per_step and flops_per_token count what one update costs on all ranks.
 
-    time_budget_s: stop when this much training time is used up, instead of after num_steps.
+    time_budget_s: stop when this much training time is used up, instead of after num_steps. grace_s: seconds that a
+    signal leaves for the running step and a save; None: signals are not looked at.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class Loop:
         tokens_per_step: int = 0,
         flops_per_token: int = 0,
         time_budget_s: float | None = None,
+        grace_s: float | None = None,
     ) -> None:
         self.num_steps, self.start, self.rt = num_steps, start, rt
         self.progress = progress or Progress()
@@ -106,26 +121,46 @@ class Loop:
         self.time_budget_s = time_budget_s
         self.loggers = list(loggers)
         self._durations: deque[float] = deque(maxlen=20)
+        self._stop = StopRequest(grace_s, rt.is_main)
+        self._stopped_at: int | None = None
 
     def __iter__(self) -> Iterator[Step]:
         index = self.start
+        self._stop.watch()
         try:
             while True:
                 began = time.perf_counter()
                 step = Step(index, self._total(index), self.progress, self.rt)
+                step.stopping = self._must_stop(step)
                 try:
                     yield step
-                except GeneratorExit:  # the recipe broke out, as it does at the last step
+                except GeneratorExit:  # the recipe broke out, as it does at the last step, or has failed
                     if step.last:
                         self._finish(step, began)
+                    if step.over:
+                        self._stop.release()
                     raise
                 self._finish(step, began)
-                if step.last:
+                if step.over:
+                    self._stop.release()
                     return
                 index += 1
         finally:
             for logger in self.loggers:
                 logger.close()
+
+    def _must_stop(self, step: Step) -> bool:
+        """Whether any rank was asked to stop; a run at its last step ends as if it was not."""
+        self._stop.signal = int(self.rt.max_number(self._stop.signal)) if self._stop.is_watching else 0
+        if not self._stop.signal or step.last:
+            return False
+        self._stopped_at = step.index
+        return True
+
+    def check_completed(self) -> None:
+        """Raise Stopped if a signal has ended the loop before its last step."""
+        if self._stopped_at is not None:
+            raise self._stop.stopped(self._stopped_at)
 
     def summary(self) -> Record:
         """What the run came to, for its report."""

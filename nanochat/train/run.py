@@ -1,12 +1,13 @@
 """Runs: where training starts, continues and ends.
 
     <base>/checkpoints/<source>/<tag>/
-        run.json           the command's flags, fingerprints of what it trains on, and whether the run has finished
+        run.json           the command's flags, fingerprints of what it trains on, the best step, the end
         metrics.jsonl      one record per step
         step_000100/       checkpoints, see nanochat.checkpoint
 
 A run is continued only with the flags it was started with, never replaced unless told so, and what it replaces stays
-until its own first checkpoint stands.
+until its own first checkpoint stands. Kept are its last checkpoints (--keep-last), every N-th (--keep-every), and the
+one with the lowest validation loss.
 """
 
 import json
@@ -24,6 +25,7 @@ from nanochat.checkpoint import (
     Checkpoint,
     Resumable,
     check_tokenizer,
+    num_bytes,
     read_json,
     remove,
     run_folder,
@@ -36,11 +38,10 @@ from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
 from nanochat.tokenizer import Tokenizer
 
-KEEP_LAST = 2  # intermediate checkpoints kept while a run goes on
-
 # Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
 FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
-FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "data_dir", "data"}  # inputs are compared by content
+FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "keep_last", "keep_every", "grace_period", "reduce_dtype"}
+FREE_FLAGS |= {"data_dir", "data"}  # inputs are compared by content
 HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
 
 
@@ -58,13 +59,17 @@ class Run:
         rt: Runtime,
         checkpoint: Checkpoint | None,
         finished: bool,
-        inputs: Mapping[str, str],
+        record: Mapping[str, Any],
     ) -> None:
-        self.args, self.rt, self.checkpoint, self.is_finished, self._inputs = args, rt, checkpoint, finished, inputs
+        self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
+        self._inputs: dict[str, str] = {}
+        self._first_inputs: dict[str, str] = record.get("inputs", {}) if checkpoint else {}
+        best = record.get("best")
         self.final_folder = folder
         self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
         # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
         self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
+        self._best = dict(best) if best and checkpoint and best["step"] <= self.start else None
 
     @classmethod
     def open(
@@ -72,11 +77,9 @@ class Run:
     ) -> "Run":
         """Start or continue a run according to --resume and --overwrite in `args`; every rank calls this.
 
-        inputs: fingerprints of what is trained on, by name: "text", "base model". Raises UserError rather than replace
-        a run that is finished or could be continued, unless told to, and where flags or inputs are not those of the
-        run that is to be continued.
+        inputs: see `check_inputs`. Raises UserError rather than replace a run that is finished or could be continued,
+        unless told to, and where flags or inputs are not those of the run that is to be continued.
         """
-        inputs = inputs or {}
         folder = run_folder(source, tag)
         steps = saved_steps(folder)
         record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
@@ -90,13 +93,8 @@ class Run:
         checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
         if checkpoint:
             check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
-            check_inputs(inputs, record.get("inputs", {}), folder)
-        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto", inputs)
-        rt.barrier()  # all have looked before anybody changes anything
-        if rt.is_main and checkpoint is None:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            make_folder(run.folder)
-        rt.barrier()
+        run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto", record)
+        run.check_inputs(inputs or {})
         return run
 
     @staticmethod
@@ -109,9 +107,28 @@ class Run:
             raise UserError(f"--resume={resume}: {folder} has no such checkpoint; there are: {there}")
         return Checkpoint.open(folder / f"step_{wanted:06d}")
 
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Note fingerprints of what is trained on, by name: "text", "base model".
+
+        Raises UserError where a run is continued on something else than it was started on.
+        """
+        first = self._first_inputs
+        changed = [name for name in inputs if first.get(name, inputs[name]) != inputs[name]]
+        if changed:
+            raise UserError(
+                f"{self.folder}: was trained on another {' and another '.join(changed)} than the one given now; start "
+                "it anew with --overwrite, or choose another --model-tag"
+            )
+        self._inputs |= inputs
+
     @property
     def start(self) -> int:
         return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def saved_plan(self) -> dict[str, Any]:
+        """The `plan` that `save` was given when the checkpoint to go on from was written; else empty."""
+        return dict(self.checkpoint.meta["plan"]) if self.checkpoint else {}
 
     @property
     def metrics_path(self) -> Path:
@@ -133,8 +150,15 @@ class Run:
     def restore(self, model: GPT, optimizer: MuonAdamW, loader: Resumable, tokenizer: Tokenizer) -> dict[str, Any]:
         """Put weights, optimizer and data position back to the checkpoint's, if there is one; return its progress.
 
-        Raises UserError where model or tokenizer are not the checkpoint's.
+        Until this is called nothing is written. Raises UserError where model or tokenizer are not the checkpoint's, or
+        the disk has no room for a checkpoint.
         """
+        self.rt.barrier()  # all ranks have looked before the first changes anything
+        if self.rt.is_main:
+            self._check_space(num_bytes(model.parameters()) + optimizer.state_bytes)
+            if self.checkpoint is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                make_folder(self.folder)
         if self.checkpoint is None:
             return {}
         saved, now = self.checkpoint.config.to_dict(), model.config.to_dict()
@@ -161,12 +185,14 @@ class Run:
         progress: Mapping[str, Any],
         plan: Mapping[str, Any],
     ) -> None:
-        """Write a checkpoint, then drop all but the last few.
+        """Write a checkpoint, then drop those that are not to be kept. All ranks call this.
 
         progress: what the loop needs to go on. plan: what a later stage inherits (total_batch_tokens, base_rates).
         """
-        state = loader.state()
-        if self.rt.is_main and (step != self.start or self.checkpoint is None):
+        if step == self.start and self.checkpoint is not None:
+            return
+        state, optimizer_state = loader.state(), optimizer.state_dict()
+        if self.rt.is_main:
             arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
             meta = {
                 "step": step,
@@ -179,16 +205,43 @@ class Run:
             }
             tensors: dict[str, Mapping[str, Tensor]] = {
                 "model": dict(model.named_parameters()),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer_state,
             }
             write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
             self._write_status("running")
             self._take_place()
             self._drop([old for old in self._stale if old != step])
             self._stale = []
-            self._drop(saved_steps(self.folder)[:-KEEP_LAST])
+            self._retire()
         self.folder = self.final_folder
         self.rt.barrier()
+
+    def note_validation(self, step: int, val_bpb: float) -> None:
+        """Remember a saved step that is the best so far, and keep it."""
+        is_better = self._best is None or val_bpb < self._best["val_bpb"]
+        if self.rt.is_main and is_better and step in saved_steps(self.folder):
+            self._best = {"step": step, "val_bpb": val_bpb}
+            self._write_status("running")
+            self._retire()
+
+    def _retire(self) -> None:
+        """Drop the checkpoints that the flags do not ask to keep."""
+        steps = saved_steps(self.folder)
+        kept = {*steps[-self.args.keep_last :], self._best["step"] if self._best else None}
+        every = self.args.keep_every
+        self._drop([step for step in steps if step not in kept and not (every > 0 and step % every == 0)])
+
+    def _check_space(self, checkpoint_bytes: int) -> None:
+        """Raise UserError where the checkpoints that will stand at a time do not fit on the disk."""
+        count = 1 if self.args.save_every < 0 else max(1, self.args.keep_last + 1 - len(saved_steps(self.folder)))
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free
+        if free_bytes < count * checkpoint_bytes:
+            raise UserError(
+                f"{self.folder}: {count} more checkpoints of {checkpoint_bytes / 1e9:.2f} GB each will be written "
+                f"(--keep-last={self.args.keep_last}), but only {free_bytes / 1e9:.2f} GB are free; free some space, "
+                "set NANOCHAT_BASE_DIR to a larger disk, or keep fewer"
+            )
 
     def _take_place(self) -> None:
         """Move from the hidden folder to the run's own."""
@@ -211,7 +264,7 @@ class Run:
 
     def _write_status(self, status: str) -> None:
         if self.rt.is_main:
-            record = {"status": status, "args": vars(self.args), "inputs": dict(self._inputs)}
+            record = {"status": status, "args": vars(self.args), "inputs": self._inputs, "best": self._best}
             with atomic_write(self.folder / "run.json") as path:
                 path.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -228,16 +281,6 @@ def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finishe
         raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
     if changed:
         print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
-
-
-def check_inputs(inputs: Mapping[str, str], first: Mapping[str, str], folder: Path) -> None:
-    """Raise UserError where a run is continued on something else than it was started on."""
-    changed = [name for name in inputs if first.get(name, inputs[name]) != inputs[name]]
-    if changed:
-        raise UserError(
-            f"{folder}: was trained on another {' and another '.join(changed)} than the one given now; start it anew "
-            "with --overwrite, or choose another --model-tag"
-        )
 
 
 def make_folder(folder: Path) -> None:

@@ -35,8 +35,10 @@ def train_step(
     if num_targets == 0:
         return None
     total = torch.zeros((), device=rt.device)
-    for batch in batches:
+    for i, batch in enumerate(batches):
         batch = batch.to(rt.device)
+        if i == micro_batches - 1:
+            optimizer.begin_reduction()
         loss = loss_fn(batch.inputs, batch.targets, batch.document_ids) / num_targets
         loss.backward()
         total = total + loss.detach()
@@ -47,7 +49,6 @@ def train_step(
             f"the loss is {mean_loss}; nothing was updated, the last checkpoint is intact: lower the learning rates, "
             "or look at the data of this step"
         )
-    rt.sum_gradients(optimizer.parameters.values())
     optimizer.step(multipliers.lr, multipliers.momentum, multipliers.weight_decay)
     optimizer.zero_grad()
     return mean_loss
