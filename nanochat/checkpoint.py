@@ -111,6 +111,11 @@ class Checkpoint:
         return model
 
     def load_optimizer(self, optimizer: MuonAdamW) -> None:
+        if "imported" in self.meta:
+            raise UserError(
+                f"{self.folder}: an imported model has no optimizer state to go on with; start a new stage from it, "
+                "for example chat_sft --base-tag"
+            )
         optimizer.load_state_dict(TensorFile(self.folder / "optimizer.safetensors"))
 
     def load_loader(self, loader: Resumable) -> None:

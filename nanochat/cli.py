@@ -21,6 +21,7 @@ from typing import Any
 from nanochat import config
 from nanochat.common import FlagError, UserError, base_dir, print0, printable
 from nanochat.common import run as run  # how every recipe ends
+from nanochat.loggers import LOGGERS, logger_names
 
 Check = Callable[[argparse.Namespace], str | None]
 SHOWN_CHARS = 100  # of a mistaken word
@@ -283,7 +284,8 @@ def add_run_flags(parser: Parser) -> None:
     parser.flag("--grace-period", positive_float, 25.0, grace)
     reduce = "what gradients travel between ranks in; empty: their own dtype"
     parser.flag("--reduce-dtype", one_of("", "bfloat16"), "", reduce)
-    parser.flag("--logger", one_of("console", "none"), "console", "who shows progress; metrics.jsonl is always written")
+    shows = "who shows progress, by name with commas between; metrics.jsonl is always written"
+    parser.flag("--logger", logger_names, "console", shows, metavar=f"none|{'|'.join(LOGGERS)}")
     parser.flag("--compile", one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs")
 
 

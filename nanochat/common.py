@@ -102,6 +102,9 @@ def prepare_process(offline: bool = False) -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["WANDB_MODE"] = "offline"
+        for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):  # without them Trackio keeps to this machine
+            os.environ.pop(name, None)
 
 
 def prepare_matplotlib() -> None:
@@ -110,6 +113,18 @@ def prepare_matplotlib() -> None:
     To be called before Matplotlib is imported. A given MPLCONFIGDIR wins.
     """
     os.environ.setdefault("MPLCONFIGDIR", str(base_dir() / "matplotlib"))
+
+
+def prepare_dashboards() -> Path:
+    """Make dashboards keep their files in the base folder, in the folder of logs that is returned.
+
+    To be called before they are imported. W&B's caches and Trackio's database go where given variables say.
+    """
+    logs = base_dir() / "logs"
+    os.environ.setdefault("TRACKIO_DIR", str(logs / "trackio"))
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, str(logs / "wandb" / "cache"))
+    return logs
 
 
 def show_progress(name: str, done: int, total: int) -> None:

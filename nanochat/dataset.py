@@ -13,6 +13,7 @@ block of at most 1,024 documents at a time, and never all together. Texts withou
 
 The split depends on what there is (`Corpus.describe()` says which rule was used):
 
+    a folder with a manifest.json     as the manifest says (`manifest`), whatever else lies there
     two or more parquet/jsonl files   the last by name is validation, the others are train
     one parquet/jsonl file            document by document: about one in 20, by a hash of its text, is validation
     two or more txt files             file by file: about one in 10, by a hash of its name, is validation
@@ -27,63 +28,21 @@ smallest hash goes to validation, or the one with the largest to train.
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat.common import UserError, open_bytes, reading, run
+from nanochat.common import UserError, reading, run
+from nanochat.manifest import Manifest, check_sizes, read_manifest, shorten, unlisted
+from nanochat.sources import FileSource, JsonlSource, ParquetSource, Source, TextSource
 from nanochat.stdlib_corpus import STDLIB, LibrarySource, read_library
 
-BLOCK_DOCUMENTS = 1024
 VAL_ONE_DOCUMENT_IN = 20
 VAL_ONE_FILE_IN = 10
 KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
-
-
-class Source(Protocol):
-    """Documents in blocks, from a file or elsewhere (`stdlib_corpus.LibrarySource`)."""
-
-    path: Path
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    def read(self, block: int) -> list[str]: ...
-
-    def documents(self) -> Iterator[str]: ...
-
-    def stamp(self) -> list[object]: ...
-
-
-class FileSource(ABC):
-    """The source that a file is, or a side of one."""
-
-    path: Path
-
-    @property
-    @abstractmethod
-    def num_blocks(self) -> int:
-        """How many blocks there are; may take one pass over the file."""
-
-    @abstractmethod
-    def read(self, block: int) -> list[str]:
-        """The documents of a block, at most 1,024."""
-
-    def documents(self) -> Iterator[str]:
-        """All documents in order."""
-        return (text for block in range(self.num_blocks) for text in self.read(block))
-
-    def stamp(self) -> list[object]:
-        """What tells this file from others."""
-        with reading(self.path):
-            return [self.path.name, self.path.stat().st_size]
 
 
 @dataclass(frozen=True)
@@ -139,16 +98,21 @@ def open_corpus(path: Path) -> Corpus:
         train, val = (Split(side, (LibrarySource(side),)) for side in ("train", "val"))
         return Corpus(path, train, val, str(read_library()))
     with reading(path):
-        files = _files_at(path)
+        manifest = read_manifest(path) if path.is_dir() else None
+        files = _files_at(path) if manifest is None else text_files_in(path)
+    if manifest:
+        return _split_by_manifest(path, files, manifest)
     texts = [file for file in files if _kind(file) in (".txt", ".txt.gz")]
     shards = [file for file in files if file not in texts]
     parts = [split(group) for split, group in ((_split_shards, shards), (_split_texts, texts)) if group]
+    return _corpus(path, parts, "; ".join(part[2] for part in parts))
 
+
+def _corpus(path: Path, parts: Sequence["Sides"], rule: str) -> Corpus:
     def side(name: str, sources: Iterable[list[Source]]) -> Split:
         return Split(name, tuple(sorted(chain(*sources), key=lambda source: source.path.name)))
 
-    train, val = side("train", (part[0] for part in parts)), side("val", (part[1] for part in parts))
-    return Corpus(path, train, val, "; ".join(part[2] for part in parts))
+    return Corpus(path, side("train", (part[0] for part in parts)), side("val", (part[1] for part in parts)), rule)
 
 
 def _files_at(path: Path) -> list[Path]:
@@ -156,7 +120,7 @@ def _files_at(path: Path) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give text as {', '.join(KINDS)} or a folder of such files")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) and file.name[0] != ".")
+        files = text_files_in(path)
         if not files:
             raise UserError(f"{path}: the folder holds no text; put it there as {', '.join(KINDS)} files")
     elif _kind(path):
@@ -166,6 +130,11 @@ def _files_at(path: Path) -> list[Path]:
     if empty := [file for file in files if file.stat().st_size == 0]:
         raise UserError(f"{empty[0]}: the file is empty (0 bytes); remove it or fetch it again")
     return files
+
+
+def text_files_in(folder: Path) -> list[Path]:
+    """The files of known kinds in a folder, sorted by name; hidden ones are passed over."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and _kind(file) and file.name[0] != ".")
 
 
 def _kind(path: Path) -> str | None:
@@ -178,8 +147,30 @@ def _kind(path: Path) -> str | None:
 Sides = tuple[list[Source], list[Source], str]  # train, val, the rule in words
 
 
+def _split_by_manifest(path: Path, files: list[Path], manifest: Manifest) -> Corpus:
+    """The sides that the manifest names. Files it does not know are left out and named in the rule: a running download
+    has put one there a moment before it writes the manifest, so they are no error."""
+    check_sizes(path, manifest)
+    left_out = unlisted(manifest, files)
+    rule = manifest.describe() + (f"; left out, not in the manifest: {shorten(left_out)}" if left_out else "")
+    parts: list[Sides] = []
+    for shard in manifest.shards:
+        file = path / shard.name
+        is_text = _kind(file) in (".txt", ".txt.gz")
+        if shard.split == "both":
+            parts.append(_split_texts([file]) if is_text else _split_shards([file]))
+        else:
+            source: list[Source] = [TextSource(file)] if is_text else _shard_sources([file])
+            parts.append((source, [], "") if shard.split == "train" else ([], source, ""))
+    return _corpus(path, parts, rule)
+
+
+def _shard_sources(files: list[Path]) -> list[Source]:
+    return [ParquetSource(file) if _kind(file) == ".parquet" else JsonlSource(file) for file in files]
+
+
 def _split_shards(files: list[Path]) -> Sides:
-    sources: list[Source] = [ParquetSource(f) if _kind(f) == ".parquet" else JsonlSource(f) for f in files]
+    sources = _shard_sources(files)
     if len(files) > 1:
         return sources[:-1], sources[-1:], f"{len(files)} shards, the last by name ({files[-1].name}) is validation"
     rule = (
@@ -244,154 +235,19 @@ class SideSource(FileSource):
         return (max(numbers), None) if True in sides else (None, min(numbers))
 
 
-# The kinds of file ---------------------------------------------------------------------------------------------
+# The command ---------------------------------------------------------------------------------------------------
 
 
-class ParquetSource(FileSource):
-    """A parquet file. A block is a row group, or 1,024 rows of a larger one.
+def parse_args(argv: Sequence[str] | None = None) -> tuple[str, Namespace]:
+    from nanochat import download
 
-    A slice of a larger row group is reached by decoding what lies before it: write groups of at most 1,024 rows.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with reading(path, "", pa.ArrowException), pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        if "text" not in schema.names:
-            raise UserError(f"{path}: no column `text`; its columns are {', '.join(schema.names) or 'none'}")
-        kind = schema.field("text").type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UserError(f"{path}: column `text` holds {kind}; it must hold strings")
-        if not any(group_rows):
-            raise UserError(f"{path}: holds no rows; remove it or fetch it again")
-        self._blocks = [  # row group, first row in it, first row in the file
-            (group, start, sum(group_rows[:group]) + start)
-            for group, rows in enumerate(group_rows)
-            for start in range(0, rows, BLOCK_DOCUMENTS)
-        ]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self._blocks)
-
-    def read(self, block: int) -> list[str]:
-        group, start, first_row = self._blocks[block]
-        where = f", row group {group}"
-        with reading(self.path, where, pa.ArrowException), pq.ParquetFile(self.path) as file:
-            batches = file.iter_batches(batch_size=BLOCK_DOCUMENTS, row_groups=[group], columns=["text"])
-            values = islice(chain.from_iterable(batch.column(0) for batch in batches), start, start + BLOCK_DOCUMENTS)
-            texts = [self._text(value, first_row + i) for i, value in enumerate(values)]
-        return [text for text in texts if text]
-
-    def _text(self, value: pa.Scalar, row: int) -> str:
-        try:
-            text = value.as_py()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}, row {row} (from 0): the text is not UTF-8 (byte {error.start})") from error
-        if text is None:
-            raise UserError(f"{self.path}, row {row} (from 0): the text is null; every row needs a string")
-        return str(text)
+    return download.parse_command(argv)
 
 
-class JsonlSource(FileSource):
-    """Lines of JSON objects. A block is 1,024 lines; blank lines do not count.
+def main(argv: Sequence[str] | None = None) -> None:
+    from nanochat import download
 
-    The first use counts the lines and remembers where each block starts. In a .gz file a block is reached by
-    unpacking what lies before it, so large files are better left unpacked or written as parquet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self._starts)
-
-    @cached_property
-    def _starts(self) -> list[tuple[int, int]]:
-        """(byte offset, line number from 1) of each block's first line."""
-        starts: list[tuple[int, int]] = []
-        count = 0
-        with open_bytes(self.path) as file:
-            offset = file.tell()
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    if count % BLOCK_DOCUMENTS == 0:
-                        starts.append((offset, number))
-                    count += 1
-                offset += len(line)
-        if not count:
-            raise UserError(f"{self.path}: holds no lines with text; remove it or fetch it again")
-        return starts
-
-    def read(self, block: int) -> list[str]:
-        offset, first_line = self._starts[block]
-        with open_bytes(self.path) as file:
-            file.seek(offset)
-            return [text for text in islice(self._texts(file, first_line), BLOCK_DOCUMENTS) if text]
-
-    def documents(self) -> Iterator[str]:
-        with open_bytes(self.path) as file:
-            yield from filter(None, self._texts(file, 1))
-
-    def _texts(self, file: Iterable[bytes], first_line: int) -> Iterator[str]:
-        for number, line in enumerate(file, first_line):
-            if line.strip():
-                yield self._parse(line, f"{self.path}, line {number}")
-
-    def _parse(self, line: bytes, where: str) -> str:
-        try:
-            document = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); re-encode the file") from error
-        except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-            raise UserError(f'{where}: not JSON ({error}); each line must be like {{"text": "..."}}') from error
-        if not isinstance(document, dict) or "text" not in document:
-            found = f"its fields are {', '.join(document)}" if isinstance(document, dict) else f"it is {document!r:.40}"
-            raise UserError(f'{where}: no field "text"; {found}; each line must be like {{"text": "..."}}')
-        text = document["text"]
-        if not isinstance(text, str):
-            kind = "null" if text is None else type(text).__name__
-            raise UserError(f"{where}: the text is {kind}; it must be a string")
-        return text
-
-
-class TextSource(FileSource):
-    """A txt file: one document, or one side of it."""
-
-    num_blocks = 1
-
-    def __init__(self, path: Path, side: str | None = None) -> None:
-        self.path = path
-        self._side = side
-
-    def read(self, block: int) -> list[str]:
-        try:
-            with open_bytes(self.path) as file:
-                text = file.read().decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: not UTF-8 (byte {error.start}); re-encode the file") from error
-        if not text:
-            raise UserError(f"{self.path}: holds no text; remove it or fetch it again")
-        cut = _nine_tenths(text)
-        part = {None: text, "train": text[:cut], "val": text[cut:]}[self._side]
-        if not part:
-            raise UserError(f"{self.path}: {len(text)} character is too short to be split; give more text")
-        return [part]
-
-
-def _nine_tenths(text: str) -> int:
-    """Where the last tenth starts: at the next line start, else at the line start before, else right there."""
-    mark = len(text) * 9 // 10
-    newlines = text.find("\n", max(0, mark - 1), len(text) - 1), text.rfind("\n", 0, mark)
-    return next((newline + 1 for newline in newlines if newline >= 0), mark)
-
-
-def main() -> None:
-    raise UserError(
-        "downloading text is not built in yet; give a file or folder of your own with --data-dir, or stdlib"
-    )
+    download.run_command(*parse_args(argv))
 
 
 if __name__ == "__main__":

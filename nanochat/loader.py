@@ -11,8 +11,8 @@ one more document.
 Pretraining (`PretrainLoader`, endless). Every epoch shuffles the order of the blocks and the documents in each block,
 and packs all of them ("cut": see packing); the last rows are packed from what still waits, so every epoch holds every
 token as a target exactly once, and only its last row may be padded much. Rows leave in shuffled windows of four
-million tokens, since the parts of a long document are consecutive rows; a state is where the window began and the place
-in it. The last token of a document has the BOS behind it as its target: that is how a model learns where texts end.
+million tokens (see windows); a state is where the window began and the place in it. The last token of a document has
+the BOS behind it as its target: that is how a model learns where texts end.
 
 Validation (`validation_batches`, one pass). The first `max_tokens` tokens in file order, each scored exactly once,
 whatever the batch size, sequence length and number of ranks. BOS stands for no bytes and is never a target.
@@ -25,9 +25,8 @@ rank, has a supervised target.
 
 import hashlib
 from array import array
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from random import Random
 from typing import Any, Protocol
@@ -41,9 +40,9 @@ from nanochat.common import UserError, print0
 from nanochat.dataset import Split
 from nanochat.packing import BestFitPacker, Row, chop
 from nanochat.tokenizer import Tokenizer
+from nanochat.windows import TOKENIZE_DOCUMENTS, Windows
 
 WINDOW_TOKENS = 2**22  # rows of so many tokens are shuffled among each other: 17 MB, an epoch of the Python library
-TOKENIZE_DOCUMENTS = 128  # documents tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,15 @@ class Batch:
     inputs: Tensor
     targets: Tensor
     document_ids: Tensor
+    target_count: int | None = None  # if counted already, on the CPU: to ask a GPU is to wait for it
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`. To a GPU the copy overlaps with what is queued there already."""
-        tensors = (self.inputs, self.targets, self.document_ids)
-        if torch.device(device).type == "cuda" and self.inputs.device.type == "cpu":
-            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        """The batch on `device`, itself if it is there. `prefetch` brings it without making anybody wait."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each of its tensors changed; `change` must keep the number of targets."""
+        return Batch(change(self.inputs), change(self.targets), change(self.document_ids), self.target_count)
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """The batch in parts of at most `rows` rows."""
@@ -69,7 +70,7 @@ class Batch:
 
     def num_targets(self) -> int:
         """Targets that count."""
-        return int((self.targets >= 0).sum())
+        return int((self.targets >= 0).sum()) if self.target_count is None else self.target_count
 
 
 def batch_of(rows: Sequence[Row], batch_size: int, capacity: int, pad: int) -> Batch:
@@ -135,10 +136,6 @@ class PretrainLoader:
         seed: int = 0,
     ) -> None:
         self._rank_rows = _RankRows(batch_size, sequence_len, rank, world_size, tokenizer.bos)
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._blocks = split.blocks()
-        self._where = ", ".join(source.path.name for source in split.sources[:3])
         self._identity = {
             "loader": "pretrain",
             "data": split.fingerprint(),
@@ -147,9 +144,15 @@ class PretrainLoader:
             "sequence_len": sequence_len,
             "window_tokens": WINDOW_TOKENS,
         }
-        self._packer = BestFitPacker(self._rank_rows.capacity, "cut", bos=tokenizer.bos)
+        self._windows = Windows(split, tokenizer, sequence_len + 1, seed, WINDOW_TOKENS)
+        self._window: list[Row] = []
         self._row = 0  # place in the window
-        self._go_to(epoch=0, block=0, document=0)
+        self._draws_ahead = True  # the next window
+        self._window_start = self._windows.position()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._window_start["epoch"])
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -158,85 +161,35 @@ class PretrainLoader:
         return self._rank_rows.batch([self._next_row() for _ in range(self._rank_rows.global_rows)])
 
     def state(self) -> dict[str, Any]:
-        """Where the current window of rows began, and the place in it; independent of ranks and batch size."""
+        """Where the current window of rows began, and the place in it; independent of ranks and batch size.
+
+        Cheap, and good for ever: nothing that it refers to is changed by what is drawn later.
+        """
         return {**self._identity, **self._window_start, "row": self._row}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state()` was taken: draw the same window again."""
         _check_same(state, self._identity)
-        self._packer.load_state(state)
-        self._go_to(int(state["epoch"]), int(state["block"]), int(state["document"]))
-        self._row = int(state["row"])
-        if self._row:
-            self._draw_window()
-
-    def _go_to(self, epoch: int, block: int, document: int) -> None:
-        """Stand before a document: its place in its shuffled block, and the block's place in the shuffled epoch."""
-        self.epoch = epoch
-        self._block = block
-        self._document = document
-        self._order = list(range(len(self._blocks)))
-        Random(f"{self._seed} {epoch}").shuffle(self._order)
-        self._texts: list[str] | None = None  # the current block's, shuffled; None: not read yet
-        self._tokenized: deque[list[int]] = deque()  # of them, those from _document on that are tokenised
-        self._window: list[Row] = []
-        self._window_start = self._position()
-
-    def _position(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "block": self._block, "document": self._document, **self._packer.state()}
+        self._windows.go_back(state)
+        self._window_start, self._window, self._row = self._windows.position(), [], 0
+        if state["row"]:
+            self._take_window()
+            self._row = int(state["row"])
 
     def _next_row(self) -> Row:
         if self._row == len(self._window):
-            if not self._fill():
-                self._go_to(self.epoch + 1, 0, 0)
-            if not self._fill():
-                raise UserError(f"{self._where}: no documents on the train side; give more text")
-            self._window, self._row = [], 0
-            self._draw_window()
+            self._take_window()
+        if self._draws_ahead:
+            try:
+                self._draws_ahead = self._windows.draw_row()
+            except UserError:  # the rows before the fault come first; `take` meets it again
+                self._draws_ahead = False
         self._row += 1
         return self._window[self._row - 1]
 
-    def _draw_window(self) -> None:
-        """The epoch's next rows, shuffled: the parts of a long document must not fill a batch of their own."""
-        self._fill()
-        self._window_start = self._position()
-        while len(self._window) * self._rank_rows.capacity < WINDOW_TOKENS and self._fill():
-            self._window.append(_compact(self._packer.next_row()))
-        where = (self._window_start[name] for name in ("epoch", "block", "document"))
-        Random(" ".join(map(str, (self._seed, *where)))).shuffle(self._window)
-
-    def _fill(self) -> bool:
-        """Fill the packer up, from this epoch only; False once the epoch is used up."""
-        while not self._packer.is_full and (ids := self._next_document()) is not None:
-            self._packer.push(ids)
-        return len(self._packer) > 0
-
-    def _next_document(self) -> list[int] | None:
-        """The tokens of this epoch's next document; None at its end."""
-        while not self._tokenized:
-            if self._block == len(self._order):
-                return None
-            texts = self._block_texts()
-            some = texts[self._document : self._document + TOKENIZE_DOCUMENTS]
-            self._tokenized.extend(self._tokenizer.encode_batch(some, prepend=self._tokenizer.bos))
-            if not some:
-                self._block += 1
-                self._document = 0
-                self._texts = None
-        self._document += 1
-        return self._tokenized.popleft()
-
-    def _block_texts(self) -> list[str]:
-        if self._texts is None:
-            index = self._order[self._block]
-            self._texts = self._blocks[index].read()
-            Random(f"{self._seed} {self.epoch} {index}").shuffle(self._texts)
-        return self._texts
-
-
-def _compact(row: Row) -> Row:
-    """The row in 4 bytes per token, for the many rows of a window."""
-    return replace(row, pieces=tuple(replace(piece, ids=array("i", piece.ids)) for piece in row.pieces))
+    def _take_window(self) -> None:
+        self._window_start, self._window = self._windows.take()
+        self._row, self._draws_ahead = 0, True
 
 
 # Validation ----------------------------------------------------------------------------------------------------

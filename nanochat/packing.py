@@ -18,9 +18,11 @@ document. Measured on 8,244 documents of 1,791 tokens on average, four epochs: o
 cut at capacity 513 and 0.2 % at 2,049 (cutting the shortest piece of all: 5 and 6 %; the ancestor's rule: 46 and 49 %,
 with 74 and 26 % of all tokens thrown away); 0.1 % of the places stay empty, added BOS take 0.2 and 0.03 %.
 
-Finding a piece is a bisection in a list of bounded length: the cost of a row does not grow with time.
+Finding a piece is a bisection in a list of bounded length: the cost of a row does not grow with time. Documents may be
+lists or, eight times smaller and faster to cut and to copy, arrays of type "i".
 """
 
+from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ class Piece:
     def split(self, at: int, bos: int) -> tuple["Piece", "Piece"]:
         """The first `at` tokens, and the others behind a new BOS."""
         head_mask, tail_mask = (None, None) if self.mask is None else (self.mask[:at], [0, *self.mask[at:]])
-        return Piece(self.ids[:at], head_mask, self.is_part), Piece([bos, *self.ids[at:]], tail_mask, True)
+        return Piece(self.ids[:at], head_mask, self.is_part), Piece(_behind(bos, self.ids[at:]), tail_mask, True)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,13 @@ def chop(ids: Sequence[int], capacity: int, bos: int, mask: Sequence[int] | None
     pieces = [Piece(ids[:capacity], None if mask is None else mask[:capacity])]
     for start in range(capacity, len(ids), capacity - 1):
         part = slice(start, start + capacity - 1)
-        pieces.append(Piece([bos, *ids[part]], None if mask is None else [0, *mask[part]], is_part=True))
+        pieces.append(Piece(_behind(bos, ids[part]), None if mask is None else [0, *mask[part]], is_part=True))
     return pieces
+
+
+def _behind(bos: int, ids: Sequence[int]) -> Sequence[int]:
+    """`ids` with a BOS before them. Arrays stay arrays, whose tokens are copied as bytes and not one by one."""
+    return array("i", [bos]) + ids if isinstance(ids, array) else [bos, *ids]
 
 
 class BestFitPacker:
@@ -152,6 +159,7 @@ class BestFitPacker:
         """Everything that decides the coming rows, as whole numbers and 1-D arrays."""
         pieces = [self._waiting[number] for number in self._queue if number in self._waiting]
         masks = [piece.mask for piece in pieces if piece.mask is not None]
+        nothing = np.empty(0, dtype=np.int32)
         return {
             "packer_tokens_in": self.tokens_in,
             "packer_tokens_kept": self.tokens_kept,
@@ -159,7 +167,7 @@ class BestFitPacker:
             "packer_lengths": np.array([len(piece) for piece in pieces], dtype=np.int64),
             "packer_is_part": np.array([piece.is_part for piece in pieces], dtype=np.uint8),
             "packer_has_mask": np.array([piece.mask is not None for piece in pieces], dtype=np.uint8),
-            "packer_ids": np.array([token for piece in pieces for token in piece.ids], dtype=np.int32),
+            "packer_ids": np.concatenate([nothing, *(np.asarray(piece.ids, dtype=np.int32) for piece in pieces)]),
             "packer_masks": np.array([value for mask in masks for value in mask], dtype=np.uint8),
         }
 
@@ -169,7 +177,7 @@ class BestFitPacker:
         self.tokens_in = int(state["packer_tokens_in"])
         self.tokens_kept = int(state["packer_tokens_kept"])
         self.cut_pieces = int(state["packer_cut_pieces"])
-        ids, masks = state["packer_ids"].tolist(), state["packer_masks"].tolist()
+        ids, masks = array("i", state["packer_ids"].astype(np.int32).tobytes()), state["packer_masks"].tolist()
         at = mask_at = 0
         columns = (state["packer_lengths"], state["packer_is_part"], state["packer_has_mask"])
         for length, is_part, has_mask in zip(*(column.tolist() for column in columns)):

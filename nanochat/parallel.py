@@ -7,8 +7,11 @@ A plain process is rank 0 of 1. Under torchrun the ranks form a process group, n
 W ranks never train W different models by mistake.
 """
 
+import ctypes
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +38,8 @@ def reduce_dtype(name: str) -> torch.dtype | None:
     """What --reduce-dtype means."""
     return DTYPES[name] if name else None
 
+
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 # How gloo and nccl say that a peer is no longer there.
 LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|timed out|remote process exited|NCCL", re.IGNORECASE)
@@ -178,10 +183,18 @@ def runtime(device_type: str = "") -> Iterator[Runtime]:
 
 def join_ranks(device: torch.device) -> None:
     """Make this process one of the job's ranks."""
+    end_with_launcher()
     is_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if is_cuda else None
     )
+    dist.barrier()  # whoever fails from here on finds the others where they can be told
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for a SIGTERM when torchrun dies: ranks that outlive it would train on, unseen by a second start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def tell_once(error: UserError | RuntimeError, rank: int) -> Exception:

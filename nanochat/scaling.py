@@ -223,24 +223,22 @@ class MicroBatch:
         lower, upper = batch_tokens // self.tokens * self.tokens, -(-batch_tokens // self.tokens) * self.tokens
         advice = f"the nearest totals are {lower} and {upper}" if lower else f"the nearest total is {upper}"
         if batch_tokens % (self.sequence_len * self.rows) == 0:
-            per_rank = batch_tokens // (self.sequence_len * self.rows)
-            near = sorted((w for w in range(1, per_rank + 1) if per_rank % w == 0), key=self._distance)[:2]
-            advice += f"; it can be split over {' or '.join(map(str, sorted(near)))} ranks"
+            shares = batch_tokens // (self.sequence_len * self.rows)
+            able = [ranks for ranks in range(1, shares + 1) if shares % ranks == 0]
+            near = [*[w for w in able if w < self.world_size][-1:], *[w for w in able if w > self.world_size][:1]]
+            advice += f"; it can be split over {' or '.join(map(str, near))} ranks"
         raise UserError(
             f"--total-batch-size: {batch_tokens} must be a multiple of {self.tokens} tokens, which is sequence length "
             f"{self.sequence_len} x {self.world_size} ranks x --device-batch-size {self.rows}; {advice}"
         )
 
-    def _distance(self, world_size: int) -> int:
-        return abs(world_size - self.world_size)
-
-    def nearest(self, batch_tokens: float) -> int:
+    def nearest(self, batch_tokens: float, rounded: Callable[[float], int] = round) -> int:
         """The batch that a law's ideal becomes: rows with a mantissa of four bits.
 
         So the batch is within 6 % of the ideal, the same for 1, 2, 4, 8 ranks unless it is tiny, and made of passes of
         equal size. Rounding to a power of two, as the reference does, moves learning rates by up to a fifth.
         """
-        rows = four_bits(batch_tokens / self.sequence_len)
+        rows = four_bits(batch_tokens / self.sequence_len, rounded)
         per_rank = four_bits(math.ceil(rows / (self.world_size * self.rows)), math.ceil)
         return per_rank * self.tokens
 
@@ -277,8 +275,7 @@ def training_plan(
     tokens = horizon_tokens(scaling_params, reference_tokens, flops_per_token, horizon, total_batch_tokens, law)
     batch = total_batch_tokens or derived_batch(tokens / reference_tokens, micro_batch, law)
     if law.fit_short_runs and total_batch_tokens is None and horizon.num_steps is None:
-        most = max(1, int(tokens / MIN_STEPS / micro_batch.tokens))
-        batch = min(batch, four_bits(most, math.floor) * micro_batch.tokens)
+        batch = min(batch, micro_batch.nearest(tokens / MIN_STEPS, math.floor))
     micro_batch.check(batch)
     num_steps = max(1, horizon_steps(tokens, flops_per_token, horizon, batch))
     real_tokens = num_steps * batch if law.follow_horizon else tokens

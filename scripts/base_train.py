@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.model.gpt import build_model, flops_per_token, scaling_parameters
     from nanochat.optim import MuonAdamW
     from nanochat.parallel import reduce_dtype, runtime
+    from nanochat.prefetch import Prefetcher
     from nanochat.tokenizer import Tokenizer
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         loader = PretrainLoader(corpus.train, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
+        batches = Prefetcher(loader, rt.device, ahead=4 + rows_per_step // rows)
         loss_fn = rt.compile(model.loss, args.compile)
         steps = (
             f"{plan.num_steps:,}" if args.time_budget is None else f"about {plan.num_steps:,} in {args.time_budget:g} s"
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.report(
             {
                 "depth": (args.depth, True),
-                "width": (config.n_embd, False),
+                "width": (f"{config.n_embd}, {config.n_head} heads of {config.head_dim}", False),
                 "vocabulary": (f"{config.vocab_size:,}, the tokenizer's", False),
                 "parameters": (f"{sum(model.parameter_counts().values()):,}", False),
                 "FLOPs per token": (f"{model.flops_per_token():.3g}", False),
@@ -123,6 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "batch": (f"{plan.total_batch_tokens:,} tokens", args.total_batch_size is not None),
                 "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
+                "tokens": (f"{plan.num_steps * plan.total_batch_tokens:,}", args.num_iterations is not None),
+                "learning rates": (
+                    f"x {plan.lr_scale:.3g} for the batch, tables and head x {plan.width_scale:.3g} for the width",
+                    False,
+                ),
                 "weight decay": (f"{plan.weight_decay:.4g}", False),
                 "device": (f"{rt.describe()}", bool(args.device_type)),
             }
@@ -132,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_steps=plan.num_steps,
             start=run.start,
             rt=rt,
-            loggers=open_loggers(args.logger, run.metrics_path, run.start, rt),
+            loggers=open_loggers(run, config.to_dict()),
             progress=progress,
             tokens_per_step=plan.total_batch_tokens,
             flops_per_token=model.flops_per_token(),
@@ -143,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step in loop:
             if step.save_due(args.save_every):
                 with step.paused():
-                    run.save(step.index, model, optimizer, loader, tokenizer, progress.to_dict(), inheritance)
+                    run.save(step.index, model, optimizer, batches, tokenizer, progress.to_dict(), inheritance)
             if step.due(args.eval_every, at_start=True) and not step.stopping:
                 with step.paused():
                     val_batches = validation_batches(
@@ -155,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if step.over:
                 break
             now = plan.at(step.index, step.total)
-            step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+            step.log(loss=train_step(loss_fn, batches, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+            step.log(epoch=batches.state()["epoch"])
+        batches.close()
         loop.check_completed()
         run.finish()
         record.update(loop.summary(), flags=vars(args), model=config.to_dict(), metrics=run.relative_metrics_path)

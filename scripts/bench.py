@@ -7,7 +7,8 @@
     python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --seeds=3
 
 train        optimizer steps on random tokens: tokens/s, FLOP/s, share of the machine's matmul peak
-loader       packed batches from text, whole windows: tokens/s, share of places with real tokens, share of tokens kept
+loader       packed batches from text, whole windows: tokens/s, share of places with real tokens, share of tokens kept,
+             share of an optimizer step that waits for its batch, drawn by the step or prefetched
 tokenizer    training and encoding in MB/s, decoding in tokens/s, bytes per token of the validation text
 decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt
 time-to-bpb  scripts.base_train for --budget seconds in a fresh base folder, once per seed: bits per byte over time
@@ -71,15 +72,16 @@ class Flag:
     modes: tuple[str, ...]
 
 
-SIZED, TEXT, REPEATED = ("train", "decode", "time-to-bpb"), ("loader", "tokenizer", "time-to-bpb"), MODES[:4]
+SIZED, TEXT = ("train", "loader", "decode", "time-to-bpb"), ("loader", "tokenizer", "time-to-bpb")
+REPEATED = MODES[:4]
 FLAGS = {
     "depth": Flag(cli.depth, 4, "layers", MODES),
     "vocab_size": Flag(cli.vocabulary_size, None, "ids; else derived from --depth", MODES),
-    "max_seq_len": Flag(cli.sequence_length, 512, "context in tokens", ("train", "loader", "decode", "time-to-bpb")),
+    "max_seq_len": Flag(cli.sequence_length, 512, "context in tokens", SIZED),
     "aspect_ratio": Flag(cli.positive_int, scaling.ASPECT_RATIO, "width per layer", SIZED),
     "head_dim": Flag(cli.head_dim, scaling.HEAD_DIM, "width per attention head", SIZED),
     "device_batch_size": Flag(cli.positive_int, 8, "rows of a batch", ("train", "loader")),
-    "compile": Flag(cli.one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs", ("train",)),
+    "compile": Flag(cli.one_of("auto", "on", "off"), "auto", "torch.compile; auto: on GPUs", ("train", "loader")),
     "repeats": Flag(cli.positive_int, 5, "measurements, after one that does not count", REPEATED),
     "data_dir": Flag(str, "", "parquet, jsonl or txt file, folder of them, or stdlib", TEXT),
     "max_chars": Flag(cli.positive_int, 16_000_000, "characters of each side to work on", ("loader", "tokenizer")),
@@ -188,30 +190,20 @@ def model_config(args: Namespace, at_least_tokens: int = 0) -> "ModelConfig":
 
 
 def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
-    """Whole optimizer steps of one batch: forward, backward, update."""
+    """Whole optimizer steps of one batch."""
     import torch
 
+    from nanochat.evals.speed import optimizer_step
     from nanochat.loader import Batch
     from nanochat.machine import spread, timed
-    from nanochat.model.gpt import build_model
-    from nanochat.optim import MuonAdamW
-    from nanochat.train.step import train_step
 
-    rt.check_can_train()
-    config = model_config(args)
-    model = build_model(config, rt.device, rt.dtype, args.seed)
-    rates = scaling.BaseRates().by_role()
-    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt)
+    model, step = optimizer_step(model_config(args), rt, args.seed, args.compile)
     rng = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(config.vocab_size, (args.device_batch_size, config.sequence_len + 1), generator=rng)
+    shape = (args.device_batch_size, model.config.sequence_len + 1)
+    ids = torch.randint(model.config.vocab_size, shape, generator=rng)
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, :-1], dtype=torch.int32))
-    loss_fn, tokens = rt.compile(model.loss, args.compile), batch.num_targets()
-
-    def step() -> None:
-        train_step(loss_fn, repeat(batch), optimizer, scaling.Multipliers(0.01, 0.95, 0.0), rt)
-        rt.synchronize()
-
-    first_s, *seconds = timed("step", step, args.repeats)
+    tokens = batch.num_targets()
+    first_s, *seconds = timed("step", lambda: step(repeat(batch)), args.repeats)
     return {
         "tokens_per_s": spread([tokens / s for s in seconds]),
         "flops_per_s": spread([tokens * model.flops_per_token() / s for s in seconds]),
@@ -239,13 +231,15 @@ def beginning(documents: Iterable[str], max_chars: int) -> Iterator[str]:
 def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """Batches as training gets them: reading, tokenising on two threads, packing.
 
-    A loader packs a whole window of rows when its first batch is asked for, and then only hands them out. So every
-    measurement takes a fresh loader and draws its first window to the end.
+    A loader packs a whole window of rows when its first batch is asked for, and the next one while it hands them out.
+    So every measurement takes a fresh loader, and its clock starts behind the first batch: from there on as many
+    batches as a window has cost what packing a window costs.
     """
     from nanochat.dataset import open_corpus
-    from nanochat.evals.speed import first_window, kept_frac
+    from nanochat.evals.speed import first_window, kept_frac, optimizer_step, step_waits
     from nanochat.loader import PretrainLoader
-    from nanochat.machine import spread, timed
+    from nanochat.machine import repeated, spread
+    from nanochat.prefetch import Prefetcher
     from nanochat.tokenizer import Tokenizer
 
     corpus = open_corpus(cli.data_folder(args))
@@ -259,21 +253,27 @@ def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     num_batches, targets, state = first_window(fresh())
     first_s = []
 
-    def draw() -> None:
+    def draw() -> float:
         began = time.perf_counter()
         loader = fresh()
         next(loader)
         first_s.append(time.perf_counter() - began)
-        for _ in range(num_batches - 1):
+        for _ in range(num_batches):
             next(loader)
+        return time.perf_counter() - began - first_s[-1]
 
-    seconds = timed(f"{num_batches} batches", draw, args.repeats)[1:]
+    seconds = repeated(f"{num_batches} batches", draw, args.repeats)[1:]
+    _, step = optimizer_step(model_config(args), rt, args.seed, args.compile)
+    drawn_by_step = step_waits(step, fresh(), args.repeats)
+    with Prefetcher(fresh(), rt.device) as batches:
+        prefetched = step_waits(step, batches, args.repeats)
     num_rows = num_batches * rows
     return {
         "tokens_per_s": spread([targets / s for s in seconds]),
         "first_batch_s": spread(first_s[1:]),
         "real_places_frac": (targets + num_rows) / (num_rows * (length + 1)),  # a row's first token is no target
         "tokens_kept_frac": kept_frac(state),
+        "step_wait_frac": {"drawn_by_step": spread(drawn_by_step), "prefetched": spread(prefetched)},
         "tokens": targets,
         "batches": num_batches,
     }

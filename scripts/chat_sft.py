@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.loader import ConversationLoader
     from nanochat.optim import MuonAdamW
     from nanochat.parallel import reduce_dtype, runtime
+    from nanochat.prefetch import Prefetcher
     from nanochat.scaling import BaseRates, MicroBatch, device_batch_rows, sft_plan
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dict(model.named_parameters()), model.parameter_roles(), rates, rt, reduce_dtype(args.reduce_dtype)
         )
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
+        batches = Prefetcher(loader, rt.device, ahead=4 + rows_per_step // rows)
         loss_fn = rt.compile(model.loss, args.compile)
         steps = f"{num_steps:,}" if args.time_budget is None else f"as many as {args.time_budget:g} s allow"
         cli.report(
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_steps=num_steps,
             start=run.start,
             rt=rt,
-            loggers=open_loggers(args.logger, run.metrics_path, run.start, rt),
+            loggers=open_loggers(run, config.to_dict()),
             progress=progress,
             tokens_per_step=batch_tokens,
             flops_per_token=model.flops_per_token(),
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step in loop:
             if step.save_due(args.save_every):
                 with step.paused():
-                    run.save(step.index, model, optimizer, loader, tokenizer, progress.to_dict(), inheritance)
+                    run.save(step.index, model, optimizer, batches, tokenizer, progress.to_dict(), inheritance)
             if step.due(args.eval_every, at_start=True) and not step.stopping:
                 with step.paused():
                     val_batches = val_loader.one_pass(args.eval_tokens)
@@ -127,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if step.over:
                 break
             now = plan.at(step.index, step.total)
-            step.log(loss=train_step(loss_fn, loader, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+            step.log(loss=train_step(loss_fn, batches, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
+            step.log(epoch=batches.state()["epoch"])
+        batches.close()
         loop.check_completed()
         run.finish()
         record.update(loop.summary(), flags=vars(args), metrics=run.relative_metrics_path)

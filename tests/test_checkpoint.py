@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,6 +18,7 @@ import torch
 from nanochat.checkpoint import Checkpoint, find_checkpoint, run_folder, saved_steps
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
+from nanochat.machine import git_commit
 from nanochat.model.gpt import GPT, build_model
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
@@ -98,8 +100,57 @@ def test_a_restored_run_has_the_same_weights_optimizer_and_position(
         assert model.lm_head.weight is model.wte.weight
 
 
+def test_a_checkpoint_says_what_it_was_made_from_and_by_which_commit(base_dir: Path, tokenizer: Tokenizer) -> None:
+    run = Run.open("base", "d2", flags(), RT, {"text": "abc"})
+    run.save(3, *training(), Position(), tokenizer, {}, {})
+    meta = find_checkpoint("base").meta
+    assert meta["inputs"] == {"text": "abc"} and meta["tokenizer"] == tokenizer.fingerprint
+    assert meta["commit"] == git_commit()
+
+
 def test_only_the_newest_checkpoints_are_kept(save: Save) -> None:
     assert saved_steps(save("d2", 1, 2, 3, 4).folder) == [3, 4]
+
+
+def test_every_nth_checkpoint_and_the_best_one_are_kept_as_well(base_dir: Path, tokenizer: Tokenizer) -> None:
+    def go_on(start: int, stop: int) -> list[int]:
+        asked = flags("auto", keep_last=1, keep_every=4)
+        run, (model, optimizer) = Run.open("base", "d2", asked, RT), training()
+        run.restore(model, optimizer, Position(), tokenizer)
+        for step in range(start, stop):
+            run.save(step, model, optimizer, Position(), tokenizer, {}, {})
+            run.note_validation(step, abs(step - 3) + 1.0)
+        return saved_steps(run.folder)
+
+    assert go_on(1, 3) == [2]
+    assert go_on(3, 7) == [3, 4, 6]
+    assert go_on(7, 10) == [3, 4, 8, 9]  # a resumed run still knows its best
+    assert json.loads((run_folder("base", "d2") / "run.json").read_text())["best"] == {"step": 3, "val_bpb": 1.0}
+
+
+def test_a_step_that_was_validated_but_not_saved_is_not_the_best(save: Save) -> None:
+    run = save("d2", 5)
+    run.note_validation(4, 0.1)
+    run.note_validation(5, 0.7)
+    assert json.loads((run.folder / "run.json").read_text())["best"] == {"step": 5, "val_bpb": 0.7}
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
+    base_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = training()
+    one = sum(p.numel() * 4 for p in model.parameters()) + optimizer.state_bytes
+    assert one == pytest.approx(sum(t.numel() * 4 for t in optimizer.state_dict().values()) + one / 3, rel=0.2)
+    usage = shutil.disk_usage(base_dir.parent)
+    for free_bytes, keep_last, fits in ((3 * one, 2, True), (3 * one - 1, 2, False), (2 * one, 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free_bytes: usage._replace(free=free))
+        run = Run.open("base", "d2", flags(keep_last=keep_last), RT)
+        if fits:
+            run.restore(model, optimizer, Position(), tokenizer)
+        else:
+            with pytest.raises(UserError, match=r"3 more checkpoints of .* GB each.*--keep-last=2.*keep fewer"):
+                run.restore(model, optimizer, Position(), tokenizer)
+            assert not list(base_dir.rglob("*.json"))
 
 
 def test_what_a_crash_left_half_written_is_not_taken_for_a_checkpoint(save: Save) -> None:
@@ -151,15 +202,26 @@ def test_a_run_is_not_replaced_unless_told_so(save: Save) -> None:
 def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(save: Save, tokenizer: Tokenizer) -> None:
     folder = save("d2", 5, finish=True).folder
     before = snapshot(folder)
-    for _ in range(2):
+    for attempt in range(2):
         run = Run.open("base", "d2", flags(overwrite=True), RT)
         run.restore(*training(), Position(), tokenizer)
-        run.metrics_path.write_text("{}")  # and dies, the first time
+        run.metrics_path.write_text("{}")
+        run = run if attempt else None  # type: ignore[assignment]  # it dies, the first time
     assert (run.start, run.is_finished) == (0, False)
     assert snapshot(folder) == before and find_checkpoint("base").step == 5
     run.save(2, *training(), Position(), tokenizer, {}, {})
     assert saved_steps(folder) == [2] and run.folder == folder
-    assert not list(folder.parent.glob(".*"))
+    assert [path.name for path in folder.parent.glob(".*")] == [".d2.lock"]
+
+
+def test_two_processes_cannot_write_the_same_run(save: Save, tokenizer: Tokenizer) -> None:
+    save("d2", 5)
+    first, second = (Run.open("base", "d2", flags("auto"), RT) for _ in range(2))
+    first.restore(*training(), Position(), tokenizer)
+    with pytest.raises(UserError, match=f"process {os.getpid()} is writing this run"):
+        second.restore(*training(), Position(), tokenizer)
+    del first
+    second.restore(*training(), Position(), tokenizer)
 
 
 def test_a_finished_run_is_left_alone_by_resume_auto_unless_the_flags_differ(save: Save) -> None:

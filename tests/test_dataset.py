@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.dataset import Corpus, Split, open_corpus
 
@@ -346,11 +345,6 @@ def test_what_may_not_be_read_is_told_as_such(tmp_path: Path) -> None:
             open_corpus(folder)
     finally:
         os.seteuid(user)
-
-
-def test_downloading_is_refused_in_words() -> None:
-    with pytest.raises(UserError, match="--data-dir"):
-        dataset.main()
 
 
 def test_half_surrogates_in_json_are_left_to_the_tokenizer(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from loading import (
 from nanochat.common import UserError
 from nanochat.dataset import Split, open_corpus
 from nanochat.loader import Batch, PretrainLoader, validation_batches
+from nanochat.packing import BestFitPacker
 from nanochat.tokenizer import Tokenizer
 
 
@@ -146,6 +147,21 @@ def test_a_loader_continues_bit_exactly_from_its_state(train: Split, tokenizer: 
     assert_same_state(resumed.state(), state)
     assert all(equal(next(loader), next(resumed)) for _ in range(60))
     assert loader.epoch == resumed.epoch and (done < 250 or loader.epoch > 0)
+
+
+def test_a_window_is_packed_row_by_row_while_the_one_before_it_is_handed_out(
+    train: Split, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.loader.WINDOW_TOKENS", 3000)
+    packed, make_row = [], BestFitPacker.next_row
+    monkeypatch.setattr(BestFitPacker, "next_row", lambda packer: packed.append(1) or make_row(packer))
+    loader = PretrainLoader(train, tokenizer, 4, 64)
+    next(loader)
+    assert len(packed) == 47 + 4  # the whole first window, and as many of the second as were handed out
+    for _ in range(60):
+        before = len(packed)
+        next(loader)
+        assert len(packed) - before <= 4
 
 
 def test_a_state_continues_on_another_number_of_ranks(train: Split, tokenizer: Tokenizer) -> None:

@@ -124,3 +124,22 @@ def test_a_parameter_without_a_gradient_stays_where_it_is() -> None:
     before = {name: p.detach().clone() for name, p in parameters.items()}
     MuonAdamW(parameters, {"w": "wte", "m": "matrix"}, RATES).step(1.0, 0.9, 0.1)
     assert all(torch.equal(parameters[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("role", ["wte", "value_embedding", "lm_head"])
+def test_weights_and_moments_are_fp32_when_computing_in_bf16_so_that_weak_decay_is_real(role: str) -> None:
+    config = ModelConfig(64, 97, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = build_model(config, torch.device("cpu"), torch.bfloat16)
+    parameters = dict(model.named_parameters())
+    optimizer = MuonAdamW(parameters, model.parameter_roles(), RATES)
+    name = next(name for name, given in model.parameter_roles().items() if given == role)
+    parameters[name].grad = torch.zeros_like(parameters[name])
+    with torch.no_grad():
+        parameters[name].add_(0.3)
+    before = parameters[name].detach().clone()
+    optimizer.step(1.0, 0.9, 0.0)
+    moved = (parameters[name] - before) / before  # by rate * decay, 8e-5 to 1.5e-3: below half a step of bfloat16
+    settings = ROLE_SETTINGS[role]
+    assert settings is not None and RATES[role] * settings.weight_decay < 2**-9
+    torch.testing.assert_close(moved, torch.full_like(moved, -RATES[role] * settings.weight_decay), rtol=0.1, atol=0)
+    assert {t.dtype for t in optimizer.state_dict().values() if t.is_floating_point()} == {torch.float32}

@@ -180,3 +180,38 @@ def test_the_reference_momentum_jumps_where_the_ancestors_did() -> None:
 
 def test_rows_per_pass_are_the_most_that_divide_a_step() -> None:
     assert [device_batch_rows(rows, at_most=32) for rows in (1, 7, 32, 48, 64, 66, 67)] == [1, 7, 32, 24, 32, 22, 1]
+
+
+def test_our_batch_follows_its_law_closely_so_that_learning_rates_do_not_jump_between_depths() -> None:
+    plans = [plan_of(depth, "nanochat") for depth in range(4, 33, 2)]
+    batches = [plan.total_batch_tokens for plan in plans]
+    assert batches == sorted(batches)
+    assert max(b.lr_scale / a.lr_scale for a, b in pairwise(plans)) < 1.2
+    steep = [plan_of(depth, "reference").lr_scale for depth in range(4, 33, 2)]
+    assert max(b / a for a, b in pairwise(steep)) == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("laws", LAWS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 7, 8, 16, 64])
+def test_every_depth_has_a_plan_on_any_number_of_ranks(world_size: int, laws: str) -> None:
+    for depth in range(2, 33):
+        config, reference = model_config(depth, laws=laws), model_config(12, laws=laws)
+        counts = scaling_parameters(config), scaling_parameters(reference), flops_per_token(config), config.n_embd
+        plan = training_plan(*counts, Horizon(), MicroBatch(2048, world_size), laws=laws)
+        rows = plan.total_batch_tokens // (2048 * world_size)
+        assert rows * 2048 * world_size == plan.total_batch_tokens
+        if laws == "nanochat":
+            assert rows // device_batch_rows(rows, at_most=32) <= max(1, rows / 8), "passes of a few rows are slow"
+            if world_size in (1, 2, 4, 8) and depth >= 6:  # below, a step is but a few rows of this length
+                assert plan == plan_of(depth, laws), "the run is the same, whatever runs it"
+
+
+def test_a_batch_that_ranks_cannot_share_names_totals_and_numbers_of_ranks_that_would_do() -> None:
+    MicroBatch(512, 4, 2).check(8192)
+    with pytest.raises(UserError, match=r"10240 tokens.*nearest totals are 0 and 10240|nearest total is 10240"):
+        MicroBatch(512, 5, 4).check(8192)
+    with pytest.raises(UserError, match=r"nearest totals are 7680 and 10240; it can be split over 4 or 8 ranks"):
+        MicroBatch(512, 5, 1).check(8192)
+    with pytest.raises(UserError, match=r"multiple of 512 tokens") as told:
+        MicroBatch(512).check(8000)
+    assert "ranks:" not in str(told.value) and "split" not in str(told.value)

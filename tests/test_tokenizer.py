@@ -129,6 +129,14 @@ def test_a_batch_equals_its_texts_on_any_number_of_threads(tokenizer: Tokenizer)
     assert all(tokenizer.encode_batch(TEXTS, num_threads=n) == expected for n in (1, 2, 5))
 
 
+def test_arrays_hold_what_lists_hold(tokenizer: Tokenizer) -> None:
+    texts = [*TEXTS, *tokenizer._specials, "\ud83d\udc69 x\ud800", " " * 250_000, ""]
+    expected = tokenizer.encode_batch(texts, prepend=tokenizer.bos)
+    for n in (1, 2, 5):
+        assert [ids.tolist() for ids in tokenizer.encode_arrays(texts, tokenizer.bos, num_threads=n)] == expected
+    assert tokenizer.encode_arrays([], tokenizer.bos) == []
+
+
 def test_half_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud800b \udfff")) == "a\ufffdb \ufffd"
     assert tokenizer.decode(tokenizer.encode_batch(["\ud83d\udc69 x\ud800"])[0]) == "👩 x\ufffd"

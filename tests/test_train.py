@@ -2,10 +2,12 @@
 
 import json
 import math
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates, TrainingPlan
 from nanochat.train.loop import Loop, Progress
-from nanochat.train.metrics import JsonlLogger, open_loggers
+from nanochat.train.metrics import JsonlLogger
 from nanochat.train.step import train_step
 
 RT = Runtime(torch.device("cpu"), torch.float32)
@@ -105,6 +107,16 @@ def test_training_learns_a_sequence_by_heart() -> None:
     assert losses[-1] is not None and losses[-1] < 0.3
 
 
+def test_a_step_draws_nothing_from_the_global_generators_so_that_a_resumed_run_needs_none_of_their_states() -> None:
+    model, optimizer = tiny_training()
+    stream = batches(4)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    for i in range(3):
+        train_step(model.loss, stream, optimizer, PLAN.at(i), RT, 2)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]  # type: ignore[index]
+
+
 def test_masked_targets_give_no_gradient() -> None:
     model, optimizer = tiny_training()
     inputs = torch.arange(32)[None]  # token i at position i
@@ -168,7 +180,7 @@ def test_a_cadence_of_minus_one_is_never_due() -> None:
 
 def test_every_step_leaves_a_record_also_the_last_one_that_the_recipe_breaks_out_of(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for step in Loop(3, 0, RT, open_loggers("none", path, 0, RT), tokens_per_step=100, flops_per_token=7):
+    for step in Loop(3, 0, RT, [JsonlLogger(path, 0)], tokens_per_step=100, flops_per_token=7):
         if step.last:
             step.log(val_bpb=1.5)
             break

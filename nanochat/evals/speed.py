@@ -1,13 +1,19 @@
 """Parts of the project made ready for the clock of scripts.bench: what to time, and what went through meanwhile."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from nanochat.common import UserError
+from nanochat.config import ModelConfig
 from nanochat.engine import Engine, Sampling
-from nanochat.loader import PretrainLoader
+from nanochat.loader import Batch, PretrainLoader
+from nanochat.model.gpt import GPT, build_model
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Runtime
+from nanochat.scaling import BaseRates, Multipliers
+from nanochat.train.step import train_step
 
 
 def first_window(loader: PretrainLoader) -> tuple[int, int, dict[str, Any]]:
@@ -32,6 +38,43 @@ def kept_frac(state: dict[str, Any]) -> float:
     """
     waiting = int(state["packer_lengths"].sum() - state["packer_is_part"].sum())  # a part begins with an added BOS
     return int(state["packer_tokens_kept"]) / (int(state["packer_tokens_in"]) - waiting)
+
+
+def optimizer_step(
+    config: ModelConfig, rt: Runtime, seed: int = 0, compile_mode: str = "auto"
+) -> tuple[GPT, Callable[[Iterator[Batch]], None]]:
+    """A model with random weights, and one step of it on the next batch: forward, backward, update."""
+    rt.check_can_train()
+    model = build_model(config, rt.device, rt.dtype, seed)
+    rates = BaseRates().by_role()
+    optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt)
+    loss_fn = rt.compile(model.loss, compile_mode)
+
+    def step(batches: Iterator[Batch]) -> None:
+        train_step(loss_fn, batches, optimizer, Multipliers(0.01, 0.95, 0.0), rt)
+        rt.synchronize()
+
+    return model, step
+
+
+def step_waits(step: Callable[[Iterator[Batch]], None], batches: Iterator[Batch], repeats: int) -> list[float]:
+    """The share of each optimizer step that passes until its batch is there; the first step does not count."""
+    waited_s = 0.0
+
+    def clocked() -> Iterator[Batch]:
+        nonlocal waited_s
+        while True:
+            began = time.perf_counter()
+            batch = next(batches)
+            waited_s = time.perf_counter() - began
+            yield batch
+
+    stream, shares = clocked(), []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        step(stream)
+        shares.append(waited_s / (time.perf_counter() - began))
+    return shares[1:]
 
 
 def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> float:

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nanochat.loggers import Logger, Record
 from nanochat.parallel import Runtime
-from nanochat.train.metrics import Logger, Record
 from nanochat.train.stop import StopRequest
 
 SMOOTHING = 0.9  # of the reported loss

@@ -1,25 +1,29 @@
-"""Who hears of a run's progress. `metrics.jsonl` always; a console line unless turned off.
+"""A run's progress on record: `metrics.jsonl` always, and the loggers that --logger names (nanochat.loggers).
 
-A logger takes one flat record per step. New ones (TensorBoard and the like) are a class and a line in `LOGGERS`.
+The file is written first, by the training itself, and a failure to write it ends the run. A dashboard works in a thread
+of its own: slow or broken, it costs the run nothing but a warning.
 """
 
 import json
 import math
-from collections.abc import Callable
+import queue
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from nanochat.common import UserError, atomic_write, reading, to_json
-from nanochat.parallel import Runtime
+from nanochat.common import UserError, atomic_write, prepare_dashboards, printable, reading, to_json
+from nanochat.loggers import LOGGERS, About, Logger, Record
+from nanochat.train.run import Run
 
-Record = dict[str, Any]
-
-
-class Logger(Protocol):
-    def log(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
+MAX_WAITING = 20_000  # records for a dashboard that does not keep up: about 10 MB
+CLOSE_S = 60.0  # at the end, for what a dashboard has yet to write; longer than W&B's loggers.UPLOAD_S
+SHOWN_CHARS = 300  # of a reason
 
 
 class JsonlLogger:
@@ -68,54 +72,73 @@ def step_of(line: str) -> float:
         return math.inf
 
 
-class ConsoleLogger:
-    """One line per step; at most one every `interval_s` seconds, but never hiding an evaluation."""
+class Background:
+    """A logger in a thread of its own: opening a dashboard and sending to it takes none of the training's time.
 
-    def __init__(self, interval_s: float = 2.0) -> None:
-        self.interval_s = interval_s
-        self._last_shown = -interval_s
+    Whatever goes wrong there is told once, and the run goes on without it.
+    """
+
+    def __init__(self, name: str, open_logger: Callable[[], Logger]) -> None:
+        self._name, self._open = name, open_logger
+        self._waiting: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._has_failed = False
+        self._thread = threading.Thread(target=self._work, name=f"logger-{name}", daemon=True)
+        self._thread.start()
 
     def log(self, record: Record) -> None:
-        has_news = any(name.startswith("val") for name in record) or "skipped" in record
-        is_last = record["step"] >= record["num_steps"]
-        if record["elapsed_s"] - self._last_shown < self.interval_s and not has_news and not is_last:
-            return
-        self._last_shown = record["elapsed_s"]
-        print(format_record(record), flush=True)
+        if self._waiting.qsize() >= MAX_WAITING:
+            self._fail(f"it does not keep up, {MAX_WAITING:,} steps wait for it")
+        if not self._has_failed:
+            self._waiting.put(dict(record))
 
     def close(self) -> None:
-        pass
+        """Wait until all is written, but not for ever."""
+        self._waiting.put(None)
+        self._thread.join(0 if self._has_failed else CLOSE_S)
+        if self._thread.is_alive():
+            self._fail(f"it has not finished within {CLOSE_S:g} s")
+
+    def _work(self) -> None:
+        try:
+            logger = self._open()
+            while (record := self._waiting.get()) is not None:
+                logger.log(record)
+            logger.close()
+        except Exception as error:  # others' code and a network: what it may raise is nowhere listed
+            self._fail(str(error) or repr(error))
+
+    def _fail(self, reason: str) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            print(
+                f"warning: --logger={self._name}: {printable(reason)[:SHOWN_CHARS]}; the run goes on without it, "
+                "metrics.jsonl has every step",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
-def format_record(record: Record) -> str:
-    """A record as a line for people."""
-    total = record["num_steps"]
-    parts = [f"step {record['step']:>{len(str(total))}}/{total}"]
-    formats: dict[str, Callable[[Any], str]] = {
-        "loss": lambda x: f"loss {x:.4f}",
-        "val_bpb": lambda x: f"val bpb {x:.4f}",
-        "val_loss": lambda x: f"val loss {x:.4f}",
-        "skipped": lambda x: f"skipped: {x}",
-        "lr": lambda x: f"lr x{x:.2f}",
-        "tokens_per_s": lambda x: f"{x:,.0f} tok/s",
-        "mfu": lambda x: f"mfu {100 * x:.1f} %",
-        "eta_s": lambda x: f"eta {format_seconds(x)}",
-    }
-    parts += [render(record[name]) for name, render in formats.items() if record.get(name) is not None]
-    return " | ".join(parts)
+def open_loggers(run: Run, model_config: Mapping[str, Any]) -> list[Logger]:
+    """The loggers that a run's flags ask for; none on other ranks than the first."""
+    if not run.rt.is_main:
+        return []
+    loggers: list[Logger] = [JsonlLogger(run.metrics_path, run.start)]
+    kinds = {name: LOGGERS[name] for name in run.args.logger.split(",") if name != "none"}
+    dashboards = any(kind.package for kind in kinds.values())
+    about = describe_run(run, model_config) if dashboards else About("", "", "", {}, Path())
+    for name, kind in kinds.items():
+        loggers.append(Background(name, partial(kind.open, about)) if kind.package else kind.open(about))
+    return loggers
 
 
-def format_seconds(seconds: float) -> str:
-    """12s, 3m05s, 2h10m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-LOGGERS: dict[str, Callable[[], list[Logger]]] = {"console": lambda: [ConsoleLogger()], "none": list}
-
-
-def open_loggers(name: str, metrics_path: Path, start: int, rt: Runtime) -> list[Logger]:
-    """The loggers of a run that begins at step `start`; none on other ranks than the first."""
-    return [JsonlLogger(metrics_path, start), *LOGGERS[name]()] if rt.is_main else []
+def describe_run(run: Run, model_config: Mapping[str, Any]) -> About:
+    """What dashboards are told of a run. Its id stands in its folder from the first process that needs one."""
+    logs = prepare_dashboards()
+    id_path = run.metrics_path.with_name("run_id")
+    if not id_path.exists():
+        with atomic_write(id_path) as temporary:
+            temporary.write_text(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}", encoding="utf-8")
+    config = {"flags": vars(run.args), "model": dict(model_config)}
+    past = [record for record in read_metrics(run.metrics_path) if record["step"] < run.start]
+    id = id_path.read_text(encoding="utf-8")
+    return About(run.final_folder.parent.name, run.final_folder.name, id, config, logs, past)

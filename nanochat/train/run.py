@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from nanochat.checkpoint import (
     write_checkpoint,
 )
 from nanochat.common import UserError, atomic_write, base_dir, print0
+from nanochat.machine import git_commit
 from nanochat.model.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
+from nanochat.runlock import RunLock, hold
 from nanochat.tokenizer import Tokenizer
 
 # Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
@@ -64,11 +67,14 @@ class Run:
         self.args, self.rt, self.checkpoint, self.is_finished = args, rt, checkpoint, finished
         self._inputs: dict[str, str] = {}
         self._first_inputs: dict[str, str] = record.get("inputs", {}) if checkpoint else {}
+        self._lock: RunLock | None = None
+        self._commit = git_commit() if rt.is_main else None
         best = record.get("best")
         self.final_folder = folder
         self.folder = folder if checkpoint else folder.with_name(f".{folder.name}.new")
         # Checkpoints of a run that is continued from an earlier step: they go once the first new one stands.
-        self._stale = [step for step in saved_steps(folder) if step > self.start] if checkpoint else []
+        self._steps = saved_steps(folder)
+        self._stale = [step for step in self._steps if step > self.start] if checkpoint else []
         self._best = dict(best) if best and checkpoint and best["step"] <= self.start else None
 
     @classmethod
@@ -81,6 +87,9 @@ class Run:
         unless told to, and where flags or inputs are not those of the run that is to be continued.
         """
         folder = run_folder(source, tag)
+        if rt.is_main:
+            undo_replacement(folder)
+        rt.barrier()
         steps = saved_steps(folder)
         record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
         finished = record.get("status") == "finished"
@@ -106,6 +115,17 @@ class Run:
             there = ", ".join(map(str, steps)) or "none"
             raise UserError(f"--resume={resume}: {folder} has no such checkpoint; there are: {there}")
         return Checkpoint.open(folder / f"step_{wanted:06d}")
+
+    def claim(self) -> None:
+        """Hold the run's lock, and clear the ground. For rank 0; `restore` does it."""
+        self._lock = hold(self.final_folder)
+        if saved_steps(self.final_folder) != self._steps:
+            raise UserError(f"{self.final_folder}: another process has written this run just now; start again")
+        if self.checkpoint is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            make_folder(self.folder)
+        else:
+            clear_remains(self.folder)
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Note fingerprints of what is trained on, by name: "text", "base model".
@@ -150,15 +170,13 @@ class Run:
     def restore(self, model: GPT, optimizer: MuonAdamW, loader: Resumable, tokenizer: Tokenizer) -> dict[str, Any]:
         """Put weights, optimizer and data position back to the checkpoint's, if there is one; return its progress.
 
-        Until this is called nothing is written. Raises UserError where model or tokenizer are not the checkpoint's, or
-        the disk has no room for a checkpoint.
+        Until this is called nothing is written; from then on no other process can write this run. Raises UserError
+        where one does, where model or tokenizer are not the checkpoint's, or the disk has no room for a checkpoint.
         """
         self.rt.barrier()  # all ranks have looked before the first changes anything
         if self.rt.is_main:
             self._check_space(num_bytes(model.parameters()) + optimizer.state_bytes)
-            if self.checkpoint is None:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                make_folder(self.folder)
+            self.claim()
         if self.checkpoint is None:
             return {}
         saved, now = self.checkpoint.config.to_dict(), model.config.to_dict()
@@ -200,6 +218,8 @@ class Run:
                 "args": vars(self.args),
                 "progress": dict(progress),
                 "tokenizer": tokenizer.fingerprint,
+                "inputs": self._inputs,
+                "commit": self._commit,
                 "loader": {name: value for name, value in state.items() if name not in arrays},
                 "plan": dict(plan),
             }
@@ -209,10 +229,11 @@ class Run:
             }
             write_checkpoint(self.folder / f"step_{step:06d}", tensors, arrays, meta, tokenizer)
             self._write_status("running")
-            self._take_place()
-            self._drop([old for old in self._stale if old != step])
-            self._stale = []
-            self._retire()
+            with self._tidying(step):
+                self._take_place()
+                self._drop([old for old in self._stale if old != step])
+                self._stale = []
+                self._retire()
         self.folder = self.final_folder
         self.rt.barrier()
 
@@ -222,7 +243,18 @@ class Run:
         if self.rt.is_main and is_better and step in saved_steps(self.folder):
             self._best = {"step": step, "val_bpb": val_bpb}
             self._write_status("running")
-            self._retire()
+            with self._tidying(step):
+                self._retire()
+
+    @contextmanager
+    def _tidying(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: step {step} is saved, but what it replaces could not be removed ({error}); look at "
+                "the disk, then continue with --resume=auto"
+            ) from error
 
     def _retire(self) -> None:
         """Drop the checkpoints that the flags do not ask to keep."""
@@ -246,7 +278,7 @@ class Run:
     def _take_place(self) -> None:
         """Move from the hidden folder to the run's own."""
         if self.folder != self.final_folder:
-            replaced = self.final_folder.with_name(f".{self.final_folder.name}.old")
+            replaced = replaced_folder(self.final_folder)
             shutil.rmtree(replaced, ignore_errors=True)
             if self.final_folder.exists():
                 os.replace(self.final_folder, replaced)
@@ -267,6 +299,32 @@ class Run:
             record = {"status": status, "args": vars(self.args), "inputs": self._inputs, "best": self._best}
             with atomic_write(self.folder / "run.json") as path:
                 path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Where a run waits while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def undo_replacement(folder: Path) -> None:
+    """Put a run back whose replacement died between its two renames, as if it had died a moment earlier."""
+    replaced, replacing = replaced_folder(folder), folder.with_name(f".{folder.name}.new")
+    if folder.exists() or not replaced.is_dir() or not saved_steps(replacing):
+        return
+    with hold(folder):
+        try:
+            os.replace(replaced, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be put back from {replaced} ({error.strerror}); rename it") from error
+
+
+def clear_remains(folder: Path) -> None:
+    """Delete what a run that died has left half written or half deleted; it would stay for ever."""
+    for path in [*folder.glob(".*"), replaced_folder(folder)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
