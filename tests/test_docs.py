@@ -38,3 +38,12 @@ def test_the_examples_in_docstrings_hold(module):
     outcome = doctest.testmod(importlib.import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_every_test_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"(test_\w+)(?:\.py)?::(test_\w+)", page.read_text(encoding="utf-8"))
+    assert page.stem != "training" or len(named) > 25
+    for module, test in named:
+        source = (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in source, f"{module}::{test}"

@@ -25,7 +25,7 @@ import torch
 from nanochat import cli, loggers
 from nanochat.checkpoint import run_folder
 from nanochat.common import FlagError, prepare_process
-from nanochat.loggers import About, Kind, Record, dashboard_values, logger_names
+from nanochat.loggers import About, Kind, Record, dashboard_values, format_record, logger_names
 from nanochat.parallel import Runtime
 from nanochat.train import metrics
 from nanochat.train.loop import Loop
@@ -171,6 +171,11 @@ def train(run: Run, num_steps: int, until: int | None = None) -> None:
 
 def steps_of(run: Run) -> list[int]:
     return [record["step"] for record in read_metrics(run.metrics_path)]
+
+
+def test_a_second_epoch_is_said_on_the_console() -> None:
+    assert "epoch" not in format_record({"step": 3, "num_steps": 9, "epoch": 0})
+    assert "epoch 2" in format_record({"step": 3, "num_steps": 9, "epoch": 1, "loss": 2.0})
 
 
 @pytest.mark.usefixtures("base_dir")
