@@ -190,7 +190,10 @@ def _config(meta: Mapping[str, Any], era: Era, file: Path) -> ModelConfig:
         raise UserError(f"{file}: n_layer={given['n_layer']}: no model of the ancestor is that deep")
     if era.unlike:
         raise UserError(f"{file}: a model of {era.name}, which is not supported: it has {era.unlike}")
-    config = ModelConfig(**{name: given[name] for name in SIZES}, window_pattern=pattern, **era.switches)
+    try:
+        config = ModelConfig(**{name: given[name] for name in SIZES}, window_pattern=pattern, **era.switches)
+    except ValueError as error:
+        raise UserError(f"{file}: its model_config cannot be used; {printable(str(error))[:300]}") from error
     if not era.short_windows and set(config.windows) != {config.sequence_len}:
         raise UserError(
             f"{file}: a model of {era.name} with window_pattern={pattern}: its short windows were half the context, "
@@ -262,7 +265,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         case _:
             raise UserError(f"{path}: holds no tiktoken Encoding with its table of merges")
     if pattern != SPLIT_PATTERN:
-        raise UserError(f"{path}: splits text by another pattern than ours, so texts would get other ids: {pattern!r}")
+        raise UserError(
+            f"{path}: splits text by another pattern than ours, so texts would get other ids: {pattern[:300]!r}"
+        )
     if not all(isinstance(token, bytes) and type(rank) is int for token, rank in ranks.items()):
         raise UserError(f"{path}: its table of merges is damaged")
     if (longest := max(map(len, ranks), default=0)) > MAX_TOKEN_BYTES:
@@ -287,7 +292,7 @@ def _check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
     stored = read_tensors(path)
     if not isinstance(stored, StoredTensor) or stored.shape != (tokenizer.vocab_size,):
         raise UserError(f"{path}: not the lengths of {tokenizer.vocab_size:,} tokens; it belongs to another tokenizer")
-    lengths = stored.load().numpy()
+    lengths = stored.load().double().numpy()  # whatever type they are of, bfloat16 included
     shown = [len(tokenizer.bytes_of(i).decode(errors="replace").encode()) for i in range(tokenizer.vocab_size)]
     shown[tokenizer.bos :] = [0] * len(SPECIAL_TOKENS)
     if wrong := int(np.sum((lengths != tokenizer.token_bytes) & (lengths != np.array(shown)))):

@@ -71,7 +71,7 @@ class Parser:
         self._argparse.add_argument(name, *aliases, action="store_true", help=help.replace("%", "%%"))
 
     def check(self, check: Check) -> None:
-        """Add a rule over several flags; it returns a sentence when broken. Runs once every single flag is right."""
+        """Add a rule over several flags: a sentence when broken. Not heard of flags that are wrong by themselves."""
         self._checks.append(check)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,8 +81,9 @@ class Parser:
         args = self._argparse.parse_args(["--help"] if any(action.dest == "help" for action, _ in given) else [])
         for action, text in given:
             setattr(args, action.dest, True if text is None else self._kinds[action.dest](text))
-        if not self._problems:
-            self._problems += [problem for check in self._checks if (problem := check(args))]
+        wrong = [problem.partition("=")[0].partition(":")[0] for problem in self._problems]
+        told = [problem for check in self._checks if (problem := check(args))]
+        self._problems += [problem for problem in told if not any(name in problem for name in wrong)]
         if self._problems:
             raise FlagError("\n".join(self._problems))
         return args
@@ -369,8 +370,8 @@ def add_architecture_flags(parser: Parser) -> None:
     parser.flag("--layer-pattern", config.layer_pattern, known.layer_pattern, "mixer letters, tiled over the layers")
     windows = "S short or L full attention, tiled; the last layer is always L"
     parser.flag("--window-pattern", config.window_pattern, known.window_pattern, windows)
-    parser.flag("--residual", some_text, known.residual, "residual scheme")
-    parser.flag("--mlp-activation", some_text, known.mlp_activation, "activation of the MLP")
+    parser.flag("--residual", one_of(*config.RESIDUALS), known.residual, "residual scheme")
+    parser.flag("--mlp-activation", one_of(*config.ACTIVATIONS), known.mlp_activation, "activation of the MLP")
     parser.flag("--softcap", non_negative_float, known.softcap, "logit cap, 0 off")
     parser.switch("--doc-mask", "attention and positions stop at document borders")
     parser.switch("--no-qk-norm", "without the norm on queries and keys")
@@ -387,8 +388,9 @@ def architecture_switches(args: argparse.Namespace) -> dict[str, Any]:
     off = ("qk_norm", "value_embeddings", "smear", "backout", "key_offset")
     switches = {name: getattr(args, name) for name in same_name}
     switches |= {name: not getattr(args, f"no_{name}") for name in off}
-    if switches["key_offset"]:
-        del switches["key_offset"]  # as the laws have it
+    for name in ("key_offset", "backout"):
+        if switches[name]:
+            del switches[name]  # as the laws have it
     return switches
 
 

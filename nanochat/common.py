@@ -182,7 +182,7 @@ def _exit_code(main: Callable[[], None]) -> int:
 def _fail(code: int, message: str, prefix: str = "error: ") -> int:
     sys.stdout.flush()
     for line in message.splitlines():
-        print(f"{prefix}{line}", file=sys.stderr)
+        print(f"{prefix}{printable(line)}", file=sys.stderr)  # it may hold names of files
     return code
 
 
@@ -251,7 +251,7 @@ def reading(path: Path, where: str = "", *also: type[Exception]) -> Iterator[Non
             errno.ENOTDIR: "check the path",
             errno.ENAMETOOLONG: "check the path",
             errno.EACCES: "its permissions do not let you",
-        }.get(getattr(error, "errno", None) or 0, "it may be truncated or corrupt, fetch it again")
+        }.get(getattr(error, "errno", None) or 0, "it may be truncated or corrupt: remove it and fetch it again")
         raise UserError(f"{path}{where}: cannot be read ({reason}); {advice}") from error
 
 

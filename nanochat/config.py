@@ -14,6 +14,8 @@ from nanochat.common import UserError
 VOCAB_MULTIPLE = 64  # embedding and head rows are padded to this: tensor cores and 2 to 64-way sharding divide it
 WINDOW_MULTIPLE = 128  # short windows are rounded up to the attention kernels' block
 
+RESIDUALS = ("plain", "lambdas")  # the names of model.residual.RESIDUALS, which needs torch
+ACTIVATIONS = ("relu2", "gelu")  # and of model.layers.ACTIVATIONS
 COUNT_FLAGS = {"sequence_len": "--max-seq-len", "vocab_size": "--vocab-size", "n_layer": "--depth"}
 WIDTHS = ("n_head", "n_kv_head", "n_embd")
 EVEN_HEAD_DIM = "must be even: rotary positions turn pairs of channels"

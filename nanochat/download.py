@@ -18,7 +18,7 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +29,19 @@ from huggingface_hub.utils import disable_progress_bars
 from nanochat import cli, scaling
 from nanochat.common import UserError, base_dir, check_writable, print0, printable, show_progress
 from nanochat.dataset import open_corpus, text_files_in
-from nanochat.hub import STAGING, DiskFull, Hub, Listing, RemoteShard
-from nanochat.manifest import NAME, Manifest, Shard, read_manifest, sha256_of, shorten, size_problem, unlisted, verify
+from nanochat.hub import STAGING, DiskFull, Hub, Listing, RemoteShard, may_be_here, sorted_errors
+from nanochat.manifest import (
+    NAME,
+    Manifest,
+    Shard,
+    how_many,
+    read_manifest,
+    sha256_of,
+    shorten,
+    size_problem,
+    unlisted,
+    verify,
+)
 
 LOCK = ".lock"
 CHARS_PER_TOKEN = 4.8  # of a vocabulary of 32,768 on web text (pretraining spec 12.30)
@@ -86,23 +97,28 @@ def parse_command(argv: Sequence[str] | None = None) -> tuple[str, Namespace]:
     if action == "verify":
         parser.switch("--write", "make the manifest of a folder that has none, from the files as they are")
         return action, parser.parse(words)
-    parser.flag("--num-files", cli.unless_minus_one(cli.non_negative_int), None, "train shards; -1: all", "-n")
+    parser.flag(
+        "--num-files", cli.unless_minus_one(cli.non_negative_int), None, "train shards; -1, or nothing: all", "-n"
+    )
     parser.flag("--tokens", cli.number_between(1, 1e15), None, "as many shards as this many tokens of training need")
     parser.flag("--depth", cli.depth, None, "as many shards as training this depth needs")
     ratio = f"tokens per scaling parameter, with --depth; else {scaling.DEFAULT_RATIO:g}"
     parser.flag("--target-param-data-ratio", cli.unless_minus_one(cli.number_between(1e-3, 1e6)), None, ratio)
-    parser.flag("--chars-per-token", cli.positive_float, CHARS_PER_TOKEN, "of the tokenizer, for --tokens and --depth")
+    chars = f"of the tokenizer, with --tokens or --depth; else {CHARS_PER_TOKEN}"
+    parser.flag("--chars-per-token", cli.positive_float, None, chars)
     parser.flag("--revision", cli.some_text, None, "commit or branch; else the folder's commit, else that of main now")
     parser.flag("--num-workers", cli.number_between(1, 64, whole=True), 4, "shards at a time", "-w")
     parser.switch("--offline", "never use the network: a download then refuses")
     parser.check(lambda args: cli.at_most_one(args, ("num_files", "tokens", "depth")))
-    parser.check(_ratio_needs_depth)
+    parser.check(_plan_needs_horizon)
     return action, parser.parse(words)
 
 
-def _ratio_needs_depth(args: Namespace) -> str | None:
-    alone = args.target_param_data_ratio is not None and args.depth is None
-    return "--target-param-data-ratio: needs --depth, whose parameters it counts by" if alone else None
+def _plan_needs_horizon(args: Namespace) -> str | None:
+    if args.target_param_data_ratio is not None and args.depth is None:
+        return "--target-param-data-ratio: needs --depth, whose parameters it counts by"
+    alone = args.chars_per_token is not None and args.depth is None and args.tokens is None
+    return "--chars-per-token: needs --tokens or --depth, to count shards by" if alone else None
 
 
 def run_command(action: str, args: Namespace) -> None:
@@ -121,7 +137,7 @@ def run_command(action: str, args: Namespace) -> None:
     if args.num_files is not None:
         wish = Wish(args.num_files)
     else:
-        wish = Wish(None, tokens and tokens * args.chars_per_token, origin.chars_per_shard)
+        wish = Wish(None, tokens and tokens * (args.chars_per_token or CHARS_PER_TOKEN), origin.chars_per_shard)
     if tokens:
         cli.report({"tokens": (f"{tokens:,.0f}", args.tokens is not None)})
     download(origin.repo, folder, wish, args.revision, args.num_workers)
@@ -178,6 +194,7 @@ def download(
     """Fill the folder with the validation shard and the wished train shards. UserError names every shard that failed;
     those that are complete stay, and are in the manifest."""
     hub = hub or Hub()
+    hub.stop.clear()
     earlier = _own_manifest(folder, repo)
     pinned = earlier.revision if earlier else None
     listing = hub.list_shards(repo, revision or pinned or "main")
@@ -188,7 +205,8 @@ def download(
         )
     check_writable(folder / NAME)
     train = wish.train_shards(listing)
-    folder.mkdir(parents=True, exist_ok=True)
+    with sorted_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         return _fill(folder, listing, train, num_workers, hub)
 
@@ -205,11 +223,12 @@ def _own_manifest(folder: Path, repo: str) -> Manifest | None:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other download fills the folder. The lock of a process that was killed is free."""
     lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print0(f"{folder}: another download is filling it; waiting for it to end")
-        lock.acquire()
+    with sorted_errors(str(folder / LOCK)):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print0(f"{folder}: another download is filling it; waiting for it to end")
+            lock.acquire()
     try:
         yield
     finally:
@@ -230,8 +249,9 @@ def _fill(folder: Path, listing: Listing, train: Sequence[RemoteShard], num_work
     print0(f"  at commit {listing.commit}, validation is {val.name}")
     if missing:
         _check_space(folder, missing)
+        print0(f"  {how_many(len(missing))} to fetch, {sum(shard.size for shard in missing) / 1e9:,.2f} GB")
         manifest = _fetch_all(folder, listing, missing, manifest, num_workers, hub)
-    print0(f"{folder}: complete, {len(manifest.shards):,} shards")
+    print0(f"{folder}: complete, {how_many(len(manifest.shards))}")
     return manifest
 
 
@@ -249,10 +269,11 @@ def _start(folder: Path, listing: Listing) -> Manifest:
 
 
 def _check_space(folder: Path, missing: Sequence[RemoteShard]) -> None:
-    needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
+    to_fetch = [shard for shard in missing if not may_be_here(folder, shard)]
+    needed, free = sum(shard.size for shard in to_fetch), shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFull(
-            f"{folder}: {len(missing):,} shards need {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; "
+            f"{folder}: {len(to_fetch):,} shards need {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free; "
             "ask for fewer with -n, free some space, or choose another folder with --data-dir"
         )
 
@@ -263,29 +284,31 @@ def _fetch_all(
     """Fetch shards with a few threads; this one alone writes the manifest, after each."""
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # what a killed process has left
-    staging.mkdir()
-    hub.stop.clear()
+    with sorted_errors(str(staging)):
+        staging.mkdir()
     failures: dict[str, str] = {}
-    val = listing.shards[-1]
-    pool = ThreadPoolExecutor(num_workers)
+    full: DiskFull | None = None
     try:
-        jobs = {pool.submit(hub.fetch, listing, s, "val" if s is val else "train", folder): s for s in missing}
+        jobs = hub.start(listing, missing, folder, num_workers)
         for done, job in enumerate(as_completed(jobs), 1):
             try:
                 shard = job.result()
-            except DiskFull:
-                raise
             except UserError as error:
+                if isinstance(error, DiskFull) and not full:
+                    full = error
+                    hub.stop.set()  # the others are not tried; those that lie in the folder already are still noted
                 failures[jobs[job].name] = str(error)
-                print0(f"[{done}/{len(jobs)}] {error}")
+                if not full:
+                    print0(f"[{done}/{len(jobs)}] {error}")
                 continue
             manifest = manifest.with_shard(shard)
             manifest.write(folder)
             print0(f"[{done}/{len(jobs)}] {shard.name}  {shard.size / 1e6:,.1f} MB, {shard.rows:,} documents")
     finally:
         hub.stop.set()
-        pool.shutdown(cancel_futures=True)
         shutil.rmtree(staging, ignore_errors=True)
+    if full:
+        raise full
     if failures:
         told = "\n".join(failures[name] for name in sorted(failures))
         raise UserError(
@@ -300,6 +323,8 @@ def _fetch_all(
 
 def verify_folder(folder: Path, write: bool) -> None:
     """Compare every byte in the folder with its manifest, or make the manifest of a folder that has none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; download into it first, or give another --data-dir")
     manifest = read_manifest(folder)
     if write:
         if manifest:
@@ -326,8 +351,6 @@ def verify_folder(folder: Path, write: bool) -> None:
 
 def describe_own(folder: Path) -> Manifest:
     """The manifest of text of one's own, with the sides it has now. Reads everything once."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a manifest describes the files of one")
     corpus = open_corpus(folder)
     rows: Counter[str] = Counter()
     sides: dict[str, set[str]] = {}

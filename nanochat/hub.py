@@ -12,14 +12,16 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -116,7 +118,7 @@ def _sort_answer(what: str, error: HfHubHTTPError) -> Exception:
     if code not in PASSING_CODES and code < 500:
         return UserError(f"{what}: the hub answers {code}; check HF_ENDPOINT and HF_TOKEN")
     asked = error.response.headers.get("Retry-After", "")
-    return Passing(f"the hub answers {code}", float(asked) if asked.isdigit() else 0.0)
+    return Passing(f"the hub answers {code}", float(asked) if asked.isdecimal() else 0.0)
 
 
 # The data set on the hub ---------------------------------------------------------------------------------------
@@ -153,6 +155,7 @@ class Hub:
     def retry(self, what: str, attempt: Callable[[], T]) -> T:
         """The outcome of `attempt`, tried again while it fails with `Passing`; then a UserError."""
         for number in range(1, self.backoff.attempts + 1):
+            self._go_on(what)
             try:
                 with sorted_errors(what):
                     return attempt()
@@ -160,9 +163,16 @@ class Hub:
                 reason, wait_s = error, self.backoff.wait_s(number, error.retry_after_s)
             if number < self.backoff.attempts:
                 print0(f"{what}: {reason}; attempt {number + 1} of {self.backoff.attempts} in {wait_s:g} s")
-                if self.stop.wait(wait_s):
-                    raise UserError(f"{what}: stopped")
-        raise UserError(f"{what}: {reason}, {self.backoff.attempts} times; check the network, or try again later")
+                self.stop.wait(wait_s)
+        where = self.endpoint or constants.ENDPOINT
+        raise UserError(
+            f"{what}: {reason}, {self.backoff.attempts} times at {where}; check the network, HF_ENDPOINT if it is set, "
+            "or try again later"
+        )
+
+    def _go_on(self, what: str) -> None:
+        if self.stop.is_set():
+            raise UserError(f"{what}: stopped")
 
     def list_shards(self, repo: str, revision: str) -> Listing:
         """What the data set holds at a commit or branch."""
@@ -179,6 +189,8 @@ class Hub:
             shards = sorted(map(_remote_shard, filter(_is_shard, files)), key=lambda shard: shard.name)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: the answer is not that of a hub ({error!r:.80}); check HF_ENDPOINT") from error
+        if strange := [shard.path for shard in shards if not _stays_inside(shard.path)]:
+            raise UserError(f"{where}: lists {shorten(strange)}, which no folder can hold; choose another data set")
         if len(shards) < 2:
             raise UserError(f"{where}: holds {len(shards)} parquet files; needed are 2, train and validation")
         if twice := [a.path for a, b in pairwise(shards) if a.name == b.name]:
@@ -186,14 +198,47 @@ class Hub:
         licence = card.get("license")
         return Listing(repo, commit, str(licence) if licence else None, tuple(shards))
 
-    def fetch(self, listing: Listing, shard: RemoteShard, split: str, folder: Path) -> Shard:
+    def start(
+        self, listing: Listing, shards: Sequence[RemoteShard], folder: Path, num_threads: int
+    ) -> dict["Future[Shard]", RemoteShard]:
+        """Fetch shards, in this order, with a few threads; which future brings which shard.
+
+        They are daemons, unlike a ThreadPoolExecutor's: Ctrl-C ends the process at once, not after 100 MB more of each.
+        """
+        jobs: dict[Future[Shard], RemoteShard] = {Future(): shard for shard in shards}
+        waiting: SimpleQueue[Future[Shard]] = SimpleQueue()
+        for job in jobs:
+            waiting.put(job)
+
+        def work() -> None:
+            while True:
+                try:
+                    job = waiting.get_nowait()
+                except Empty:
+                    return
+                shard = jobs[job]
+                try:
+                    job.set_result(self.fetch(listing, shard, folder))
+                except UserError as error:
+                    job.set_exception(error)
+                finally:
+                    if not job.done():  # a bug, whose traceback the thread prints
+                        job.set_exception(RuntimeError(f"{shard.name}: the thread that fetched it has died"))
+
+        for _ in range(min(num_threads, len(shards))):
+            threading.Thread(target=work, name="download", daemon=True).start()
+        return jobs
+
+    def fetch(self, listing: Listing, shard: RemoteShard, folder: Path) -> Shard:
         """Bring one shard into the folder; it appears there once it is proved complete."""
+        split = "val" if shard is listing.shards[-1] else "train"
         if kept := _already_here(folder, shard, split):
             return kept
         complete = self.retry(shard.name, lambda: self._fetch_once(listing, shard, split, folder / STAGING))
         with sorted_errors(shard.name):
             staged = folder / STAGING / shard.path
             sync_file(staged)
+            self._go_on(shard.name)  # nobody would write the manifest any more
             os.replace(staged, folder / shard.name)
             sync_file(folder)
         return complete
@@ -219,12 +264,17 @@ class Hub:
             staged.unlink()
             wrong = f"{size:,} bytes instead of {shard.size:,}" if size != shard.size else "its SHA-256 is wrong"
             raise Passing(f"what came is damaged ({wrong})")
-        return Shard(shard.name, split, size, sha256, sum(text_groups(staged)))
+        return Shard(shard.name, split, size, sha256, sum(text_groups(staged, shown=Path(shard.name))))
 
 
 def _is_shard(entry: Any) -> bool:
     path = entry.path
-    return hasattr(entry, "size") and path.endswith(".parquet") and path[0] != "." and path.isprintable()
+    return hasattr(entry, "size") and path.endswith(".parquet") and path[0] != "."
+
+
+def _stays_inside(path: str) -> bool:
+    """Whether a path of the listing is one below any folder: a listing may come from anybody."""
+    return path.isprintable() and "\\" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 
 def _remote_shard(entry: Any) -> RemoteShard:
@@ -235,8 +285,12 @@ def _remote_shard(entry: Any) -> RemoteShard:
 def _already_here(folder: Path, shard: RemoteShard, split: str) -> Shard | None:
     """The shard, where its bytes are there already: an earlier process was killed, or kept no manifest."""
     path = folder / shard.name
-    if shard.sha256 is None or not path.is_file() or path.stat().st_size != shard.size:
-        return None
-    if sha256_of(path) != shard.sha256:
+    if not may_be_here(folder, shard) or sha256_of(path) != shard.sha256:
         return None
     return Shard(shard.name, split, shard.size, shard.sha256, sum(text_groups(path)))
+
+
+def may_be_here(folder: Path, shard: RemoteShard) -> bool:
+    """Whether a file in the folder has the name and size of the shard, and the hub a hash to compare it with."""
+    path = folder / shard.name
+    return shard.sha256 is not None and path.is_file() and path.stat().st_size == shard.size

@@ -9,6 +9,7 @@ that died left behind, hidden folders all of them, is a `Leftover`.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint import FILES, TRAINERS, Checkpoint, read_json, remove, saved_steps
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, atomic_write, base_dir, printable, reading
 from nanochat.runlock import hold, writer
 
 
@@ -63,18 +64,19 @@ class Leftover:
 
 def find_models(verify: bool = False) -> list[Model]:
     """Every run that has its own name, by source and tag. verify: read every byte of every checkpoint."""
-    return [
-        describe(folder, verify)
-        for source in TRAINERS
-        for folder in _folders(base_dir() / "checkpoints" / source)
-        if not folder.name.startswith(".")
-    ]
+    models = []
+    for source in TRAINERS:
+        for folder in _folders(base_dir() / "checkpoints" / source):
+            if not folder.name.startswith("."):
+                with reading(folder):
+                    models.append(describe(folder, verify))
+    return models
 
 
 def describe(folder: Path, verify: bool = False) -> Model:
     """A run's folder, however damaged."""
     steps, pid = saved_steps(folder), writer(folder)
-    damaged = [step for step in steps if not is_whole(step_folder(folder, step), verify)]
+    damaged = [step for step in steps if not is_whole(place := step_folder(folder, step), verify) and place.exists()]
     newest = step_folder(folder, steps[-1]) if steps else folder
     meta = _json_or_nothing(newest / "meta.json")
     run = _json_or_nothing(folder / "run.json")
@@ -134,16 +136,9 @@ def count_parameters(weights: Path) -> int | None:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, 100_000_000)))
         shapes = [tensor["shape"] for name, tensor in header.items() if name != "__metadata__"]
-        return sum(_product(shape) for shape in shapes)
+        return sum(math.prod(shape) for shape in shapes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
-
-
-def _product(shape: list[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def last_bpb(metrics: Path, meta: dict[str, Any]) -> float | None:
@@ -151,8 +146,8 @@ def last_bpb(metrics: Path, meta: dict[str, Any]) -> float | None:
     imported = meta.get("imported")
     found = imported.get("val_bpb") if isinstance(imported, dict) else None
     try:
-        lines = metrics.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError):
+        lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
         lines = []
     for line in reversed(lines):
         if '"val_bpb"' in line and isinstance(value := _value(line, "val_bpb"), float):
@@ -199,7 +194,8 @@ def find_run(source: str, tag: str) -> Path:
     parent = base_dir() / "checkpoints" / source
     names = [folder.name for folder in _folders(parent) if not folder.name.startswith(".")]
     if tag not in names:
-        raise UserError(f"--delete={source}/{tag}: {parent} has {', '.join(names) or 'no models'}")
+        there = ", ".join(map(printable, names)) or "no models"
+        raise UserError(f"--delete={source}/{tag}: {parent} has {there}")
     check_inside(parent / tag)
     return parent / tag
 
@@ -231,6 +227,8 @@ def delete(folder: Path, step: int | None = None) -> None:
     """Delete a run, or one checkpoint of it. Raises UserError if a live process writes the run, or for its only one."""
     with hold(folder) as lock:
         target = find_target(folder, step)
+        if step is not None and step == saved_steps(folder)[-1]:
+            reopen(folder)
         try:
             remove(target)
         except OSError as error:
@@ -241,6 +239,14 @@ def delete(folder: Path, step: int | None = None) -> None:
             )
         if step is None:
             lock.discard()
+
+
+def reopen(folder: Path) -> None:
+    """Mark a run that loses its last checkpoint as not finished, so that --resume=auto makes that one again."""
+    record = _json_or_nothing(folder / "run.json")
+    if record.get("status") == "finished":
+        with atomic_write(folder / "run.json") as path:
+            path.write_text(json.dumps({**record, "status": "running"}, indent=1), encoding="utf-8")
 
 
 def find_leftovers() -> list[Leftover]:

@@ -9,6 +9,7 @@ another size is an error, never another split. Sizes are looked at whenever a fo
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,20 +64,24 @@ class Manifest:
 
     def describe(self) -> str:
         """One line: whose shards they are, which is validation, and what is not here yet."""
+        count = len(self.shards)
         origin = f"manifest of {self.dataset} at {(self.revision or '')[:12]}" if self.dataset else "by its manifest"
         val = self.names("val", "both")
         shown = val[0] if len(val) == 1 else f"{len(val)} of them"
-        missing = (self.asked or 0) - len(self.shards)
-        return f"{len(self.shards)} shards, {shown} for validation ({origin})" + (
-            f"; {missing} more were asked for and are not here yet" if missing > 0 else ""
+        part = "" if self.names("val") or not val else "in part "
+        missing = (self.asked or 0) - count
+        return printable(
+            f"{how_many(count)}, {shown} {part}for validation ({origin})"
+            + (f"; {missing:,} more were asked for and are not here yet" if missing > 0 else "")
         )
 
     def repair(self, folder: Path) -> str:
-        """What to do about a damaged file."""
+        """What to do about a file that is damaged or missing."""
         if not self.dataset:
             return f"put the file back, or remove {folder / NAME} if the folder is meant to have changed"
-        count = len(self.names("train"))
-        return f"python -m nanochat.dataset --dataset={self.dataset} --data-dir={folder} -n {count} fetches it again"
+        count = max(1, len(self.names("train")), (self.asked or 0) - 1)
+        dataset, where = (shlex.quote(printable(text)) for text in (self.dataset, str(folder)))
+        return f"python -m nanochat.dataset --dataset={dataset} --data-dir={where} -n {count} fetches it"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -125,9 +130,9 @@ def _damage(manifest: Manifest) -> str | None:
 def size_problem(folder: Path, shard: Shard) -> str | None:
     """Why a file cannot be the shard, by a look at its size; None where it may be."""
     path = folder / shard.name
-    if not path.is_file():
-        return f"{path}: missing"
     with reading(path):
+        if not path.is_file():
+            return f"{path}: missing"
         size = path.stat().st_size
     how = "truncated" if size < shard.size else "too long"
     return None if size == shard.size else f"{path}: {how} ({size:,} bytes, must be {shard.size:,})"
@@ -159,9 +164,17 @@ def verify(folder: Path, manifest: Manifest, progress: Callable[[int], None]) ->
     """Read every byte of the folder's shards. Returns a line for each that is missing, truncated or corrupt."""
     problems = []
     for done, shard in enumerate(manifest.shards, 1):
-        problems.append(hash_problem(folder, shard))
+        try:
+            problems.append(hash_problem(folder, shard))
+        except UserError as error:  # a disk that cannot read one file may read the others
+            problems.append(str(error))
         progress(done)
     return list(filter(None, problems))
+
+
+def how_many(shards: int) -> str:
+    """`1 shard`, `8 shards`."""
+    return f"{shards:,} shard{'s' if shards != 1 else ''}"
 
 
 def unlisted(manifest: Manifest, files: Iterable[Path]) -> list[str]:
@@ -184,16 +197,18 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def text_groups(path: Path) -> list[int]:
-    """Rows of each row group of a parquet file that has text, from its footer. UserError where it is none."""
-    with reading(path, "", pa.ArrowException), pq.ParquetFile(path) as file:
+def text_groups(path: Path, shown: Path | None = None) -> list[int]:
+    """Rows of each row group of a parquet file that has text, from its footer. UserError where it is none, about
+    `shown`: the name that the file has for the user."""
+    shown = shown or path
+    with reading(shown, "", pa.ArrowException), pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         group_rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     if "text" not in schema.names:
-        raise UserError(f"{path}: no column `text`; its columns are {', '.join(schema.names) or 'none'}")
+        raise UserError(f"{shown}: no column `text`; its columns are {', '.join(schema.names) or 'none'}")
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column `text` holds {kind}; it must hold strings")
+        raise UserError(f"{shown}: column `text` holds {kind}; it must hold strings")
     if not any(group_rows):
-        raise UserError(f"{path}: holds no rows; remove it or fetch it again")
+        raise UserError(f"{shown}: holds no rows; remove it or fetch it again")
     return group_rows

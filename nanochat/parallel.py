@@ -8,6 +8,7 @@ W ranks never train W different models by mistake.
 """
 
 import ctypes
+import hashlib
 import re
 import shutil
 import signal
@@ -39,10 +40,12 @@ def reduce_dtype(name: str) -> torch.dtype | None:
     return DTYPES[name] if name else None
 
 
+BUCKET_BYTES = 2**25  # of gradients that travel together: enough for full bandwidth, few enough to begin early
+
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 # How gloo and nccl say that a peer is no longer there.
-LOST_PEER = re.compile("closed by peer|reset by peer|broken pipe|timed out|remote process exited|NCCL", re.IGNORECASE)
+LOST_PEER = re.compile("(closed|reset) by peer|broken pipe|gloo/transport|remote process exited|ncclRemoteError", re.I)
 
 # New names since torch 2.13, where the old ones warn.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -96,16 +99,24 @@ class Runtime:
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
         return f"{name}, {str(self.dtype).removeprefix('torch.')}{ranks}"
 
-    def compile(self, function: Function, mode: str = "auto") -> Function:
+    def compile(self, function: Function, mode: str = "auto", backend: str = "inductor") -> Function:
         """`function` through torch.compile. mode: on, off, or auto: on GPUs, where it always pays.
 
-        On a CPU compilation takes a minute and needs a C++ compiler; without one this is a UserError.
+        On a CPU compilation takes a minute and needs a C++ compiler; without one this is a UserError. With several
+        ranks the graph is cut where a bucket of parameters ends, as PyTorch's DDP has it: of one uncut graph all
+        gradients come at once, at the end of the backward, and none could travel meanwhile.
         """
         if mode == "off" or (mode == "auto" and self.device.type == "cpu"):
             return function
         if self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
             raise UserError("--compile=on: needs a C++ compiler (g++ or clang++) on a CPU; install one or leave it off")
-        return cast(Function, torch.compile(function, dynamic=False))
+        if self.world_size == 1:
+            return cast(Function, torch.compile(function, dynamic=False, backend=backend))
+        from torch._dynamo.backends.distributed import DDPOptimizer  # imports the compiler
+        from torch._dynamo.backends.registry import lookup_backend
+
+        cut = DDPOptimizer(BUCKET_BYTES, lookup_backend(backend), first_bucket_cap=min(BUCKET_BYTES, 2**20))
+        return cast(Function, torch.compile(function, dynamic=False, backend=cut.compile_fn))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over ranks, in place."""
@@ -122,9 +133,14 @@ class Runtime:
         """The largest of a Python number over ranks."""
         if self.world_size == 1:
             return value
-        largest = torch.tensor(float(value), device=self.device)
+        largest = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
+
+    def agrees_on(self, text: str) -> bool:
+        """Whether all ranks have the same text here."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")  # 48 bits: exact as a float
+        return self.max_number(number) == -self.max_number(-number)
 
     def reduce_scatter(self, own: Tensor, whole: Tensor) -> dist.Work:
         """Begin to put the sum over ranks of `whole` (W * n, ...) into `own` (n, ...), rank r getting its r-th part."""
@@ -172,13 +188,14 @@ def runtime(device_type: str = "") -> Iterator[Runtime]:
         if world_size > 1:
             join_ranks(device)
         yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
-    except (UserError, RuntimeError) as error:
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"rank {rank}: {device} is out of memory; lower --device-batch-size") from error
+    except (UserError, FloatingPointError, RuntimeError) as error:
         if world_size > 1:
             raise tell_once(error, rank) from error
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if world_size > 1:
+        dist.destroy_process_group()  # not on errors: it would wait for ranks that wait for this one
 
 
 def join_ranks(device: torch.device) -> None:
@@ -197,22 +214,27 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def tell_once(error: UserError | RuntimeError, rank: int) -> Exception:
+def tell_once(error: Exception, rank: int) -> Exception:
     """What a rank ends with where `error` came up: one rank of the job tells, the others go down in silence.
 
     When a rank dies, all others fail in their next sum over ranks; each of them would have the same to say.
     """
     is_symptom = isinstance(error, RuntimeError) and bool(LOST_PEER.search(str(error)))
-    if not (is_symptom or isinstance(error, UserError)):
+    if not (is_symptom or isinstance(error, (UserError, FloatingPointError))):
         return error
     try:
         is_first = dist.distributed_c10d._get_default_store().add("nanochat/told", 1) == 1
     except (RuntimeError, ValueError):  # the store is gone, too, or there never was one
         is_first = rank <= 1
+    if not is_first:
+        return LostRank("")
     if not is_symptom:
-        return error if is_first else LostRank("")
-    message = f"rank {rank}: another rank of this job has died (its own message, if it could give one, stands above)"
-    return LostRank(f"{message}; go on from the last checkpoint with --resume=auto" if is_first else "")
+        return error
+    reason = str(error).splitlines()[0]
+    return LostRank(
+        f"rank {rank}: another rank of this job has died (its own message, if it could give one, stands above); go on "
+        f"from the last checkpoint with --resume=auto ({reason:.200})"
+    )
 
 
 def find_device(device_type: str, local_rank: int) -> torch.device:

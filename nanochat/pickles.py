@@ -26,6 +26,7 @@ from nanochat.common import UserError, printable, reading
 
 MAX_PICKLE_BYTES = 64 << 20  # a tokenizer of 65,536 tokens has 1 MB, the index of a model's tensors less
 MAX_INSTRUCTIONS = 5_000_000
+MAX_DIMS = 64  # of a tensor; torch has no more
 MAX_OPEN = 10_000  # values not yet put into a list or dictionary: entries come in lots of 1,000
 
 
@@ -144,8 +145,9 @@ class _Machine:
         if not isinstance(entries, dict) or len(values) % 2:
             raise BadPickle("puts entries into something that takes none")
         for key, value in zip(values[::2], values[1::2]):
-            if not isinstance(key, (str, bytes, int, float)):  # a deep tuple as key would overflow the C stack
-                raise BadPickle("has keys that are neither text nor numbers")
+            # Others' hashes can be forged to collide; that of a deep tuple would overflow the C stack.
+            if not isinstance(key, (str, bytes)):
+                raise BadPickle("has keys that are neither text nor bytes")
             entries[key] = value
 
     def append(self, values: list[Any]) -> None:
@@ -221,6 +223,7 @@ STORAGES = {
 }
 REBUILD = "torch._utils._rebuild_tensor_v2"
 ORDERED_DICT = "collections.OrderedDict"
+OLD_FORMAT = b"\x80\x02\x8a\x0a"  # such a file is several pickles, the first of them a large number
 ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error)  # of a damaged zip
 
 
@@ -254,6 +257,10 @@ def read_tensors(file: Path) -> Any:
 
     Raises UserError for a file that holds anything else, is damaged, or is in torch's format of before 2020.
     """
+    with reading(file), file.open("rb") as opened:
+        is_old = opened.read(len(OLD_FORMAT)) == OLD_FORMAT
+    if is_old:
+        raise UserError(f"{file}: in torch's format of before 2020, which is not read; save it again with torch")
     with reading(file, "", *ZIP_ERRORS), zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         total = file.stat().st_size
@@ -296,7 +303,9 @@ def _stored_tensor(value: Any, file: Path, folder: str, sizes: dict[str, int], n
         case _:
             raise UserError(f"{where}: a tensor in a form that is not known")
     numbers = [size, offset, *shape, *stride]
-    if len(shape) != len(stride) or not all(isinstance(number, int) and 0 <= number < 2**48 for number in numbers):
+    if not len(shape) == len(stride) <= MAX_DIMS or not all(
+        isinstance(number, int) and 0 <= number < 2**48 for number in numbers
+    ):
         raise UserError(f"{where}: a tensor in a form that is not known")
     tensor = StoredTensor(file, f"{folder}data/{key}", STORAGES[kind], size, offset, shape, stride)
     count = math.prod(shape)

@@ -71,8 +71,7 @@ def hold(folder: Path) -> RunLock:
             return lock
         lock.release()  # its file was removed between our opening and our locking it
     raise UserError(
-        f"{folder}: process {writer(folder) or 'unknown'} is writing this run; wait until it ends, stop it, or choose "
-        "another --model-tag"
+        f"{folder}: process {writer(folder) or 'unknown'} is writing this run; wait until it ends, or stop it"
     )
 
 

@@ -39,6 +39,8 @@ class Laws:
     of the batch below the reference's; 0.5 costs 0.27 bits per byte at 4,096 tokens, where depths 2 and 4 want 8 times
     the rates it gives (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`.
     sft_weight_decay: Muon's in fine-tuning; without it the matrices grew to four times their size in 3,000 steps.
+    backout_min_depth: shallower models do without backout. At depth 2 the middle layer is the last: what is taken out
+    is the state itself, its share drifts past 1, and the state flips its sign (the loss jumped from 5.9 to 12).
     """
 
     scale_vocab: bool
@@ -47,6 +49,7 @@ class Laws:
     small_batch_exponent: float
     key_offset: bool
     sft_weight_decay: float
+    backout_min_depth: int
 
     def lr_scale(self, batch_tokens: int) -> float:
         """Factor on all learning rates: the square root of the batch above the reference's."""
@@ -62,6 +65,7 @@ LAWS = {
         small_batch_exponent=0.1,
         key_offset=True,
         sft_weight_decay=1.0,
+        backout_min_depth=3,
     ),
     "reference": Laws(
         scale_vocab=False,
@@ -70,6 +74,7 @@ LAWS = {
         small_batch_exponent=0.5,
         key_offset=False,
         sft_weight_decay=0.0,
+        backout_min_depth=0,
     ),
 }
 
@@ -95,6 +100,7 @@ def model_config(
 ) -> ModelConfig:
     """The model of a depth: width is depth * aspect_ratio, up to whole heads. `switches` are ModelConfig fields."""
     switches.setdefault("key_offset", LAWS[laws].key_offset)
+    switches.setdefault("backout", depth >= LAWS[laws].backout_min_depth)
     heads = -(-depth * aspect_ratio // head_dim)
     return ModelConfig(
         sequence_len=sequence_len,
@@ -216,8 +222,11 @@ class MicroBatch:
     def tokens(self) -> int:
         return self.sequence_len * self.world_size * self.rows
 
-    def check(self, batch_tokens: int) -> None:
-        """Raise UserError, naming what would do, unless a step of `batch_tokens` is whole micro-batches."""
+    def check(self, batch_tokens: int, is_given: bool = True) -> None:
+        """Raise UserError, naming what would do, unless a step of `batch_tokens` is whole micro-batches.
+
+        is_given: by a flag, so that it can be changed; else the batch is that of a run which goes on.
+        """
         if batch_tokens % self.tokens == 0:
             return
         lower, upper = batch_tokens // self.tokens * self.tokens, -(-batch_tokens // self.tokens) * self.tokens
@@ -226,10 +235,13 @@ class MicroBatch:
             shares = batch_tokens // (self.sequence_len * self.rows)
             able = [ranks for ranks in range(1, shares + 1) if shares % ranks == 0]
             near = [*[w for w in able if w < self.world_size][-1:], *[w for w in able if w > self.world_size][:1]]
-            advice += f"; it can be split over {' or '.join(map(str, near))} ranks"
+            split = f"it can be split over {' or '.join(map(str, near))} ranks"
+            advice = f"{advice}; {split}" if is_given else split
+        name = "--total-batch-size:" if is_given else "the run's batch:"
+        smaller = ", or give a smaller --device-batch-size" if self.rows > 1 else ""
         raise UserError(
-            f"--total-batch-size: {batch_tokens} must be a multiple of {self.tokens} tokens, which is sequence length "
-            f"{self.sequence_len} x {self.world_size} ranks x --device-batch-size {self.rows}; {advice}"
+            f"{name} {batch_tokens} must be a multiple of {self.tokens} tokens, which is sequence length "
+            f"{self.sequence_len} x {self.world_size} ranks x --device-batch-size {self.rows}; {advice}{smaller}"
         )
 
     def nearest(self, batch_tokens: float, rounded: Callable[[float], int] = round) -> int:

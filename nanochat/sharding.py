@@ -19,9 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nanochat.parallel import Runtime
+from nanochat.parallel import BUCKET_BYTES, Runtime
 
-BUCKET_BYTES = 2**25  # of a stack: large for full bandwidth, small enough to begin early; PyTorch's DDP takes 25 MB
 ONE_PROCESS = Runtime(torch.device("cpu"), torch.float32)
 
 
@@ -42,7 +41,7 @@ class Bucket:
         assert is_stack or len(parameters) == 1
         self.parameters, self.rt, self.is_stack = list(parameters), rt, is_stack
         like = parameters[0]
-        self.num_slices = len(parameters) if is_stack else like.reshape(-1, *like.shape[1:]).size(0)
+        self.num_slices = len(parameters) if is_stack else like.shape[0] if like.dim() else 1
         self.slice_shape = tuple(like.shape) if is_stack else tuple(like.shape[1:])
         self._share = -(-self.num_slices // rt.world_size)
         self.own = slice(min(rt.rank * self._share, self.num_slices), min((rt.rank + 1) * self._share, self.num_slices))
@@ -121,6 +120,7 @@ class Bucket:
         self._gradient = self._gathered = None
 
     def _gather(self, own: Tensor) -> tuple[Tensor, Work]:
+        """Begin to collect all ranks' (num_own, ...) in a tensor (ranks * share, ...), its tail padding."""
         shape = own.shape[1:]
         mine = own.new_zeros(self._share, *shape)
         mine[: len(own)] = own
@@ -128,6 +128,7 @@ class Bucket:
         return whole, self.rt.all_gather(whole, mine)
 
     def _padded(self, whole: Tensor) -> Tensor:
+        """(num_slices, ...) with zeros behind: (ranks * share, ...)."""
         missing = self._share * self.rt.world_size - self.num_slices
         return torch.cat([whole, whole.new_zeros(missing, *self.slice_shape)]) if missing else whole.contiguous()
 
@@ -168,6 +169,7 @@ class Reduction:
     def begin(self) -> None:
         """The next backward is the last of the step."""
         self._missing = [len(bucket.parameters) for bucket in self.buckets]
+        self._arrived = []
         self._is_last = True
 
     def complete(self) -> None:

@@ -83,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
+        micro_batch = scaling.MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1)
+        begun_batch = run.saved_plan.get("total_batch_tokens")
+        if begun_batch:
+            micro_batch.check(begun_batch, is_given=False)
         expected_flops = args.time_budget * rt.expected_flops if args.time_budget else args.target_flops
         plan = scaling.training_plan(
             scaling_parameters(config),
@@ -90,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             flops_per_token(config),
             config.n_embd,
             scaling.Horizon(args.num_iterations, expected_flops, args.target_param_data_ratio or scaling.DEFAULT_RATIO),
-            scaling.MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1),
-            total_batch_tokens=args.total_batch_size or run.saved_plan.get("total_batch_tokens"),
+            micro_batch,
+            total_batch_tokens=begun_batch or args.total_batch_size,
             weight_decay=args.weight_decay,
             schedule=scaling.Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
             laws=args.laws,
@@ -123,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "FLOPs per token": (f"{model.flops_per_token():.3g}", False),
                 "data": (corpus.describe(), bool(args.data_dir)),
                 "batch": (f"{plan.total_batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
+                "device batch": (f"{rows} rows, passes: {rows_per_step // rows}", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "tokens": (f"{plan.num_steps * plan.total_batch_tokens:,}", args.num_iterations is not None),
                 "learning rates": (

@@ -91,14 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show(outcome: "Outcome", args: Namespace) -> None:
-    """One line per trial; of one that failed, what happened and how to see it again."""
-    print(outcome, flush=True)
+    """One line per trial; of one that failed, what happened and how to see it again. Its folder goes, unless kept."""
+    print(outcome)
     if outcome.loss:
         again = f"python -m scripts.chaos --seed={args.seed} --stages={args.stages} --only-trial={outcome.number}"
-        print(f"    {outcome.message}\n    again: {again} --keep-failures")
+        strict = " --strict-exits" if args.strict_exits else ""
+        print(f"    {outcome.message}\n    again: {again}{strict} --keep-failures")
         print(f"    kept in {outcome.folder}" if args.keep_failures else outcome.log_tail)
-        sys.stdout.flush()
-    elif args.keep_failures:
+    sys.stdout.flush()
+    if not (outcome.loss and args.keep_failures):
         shutil.rmtree(outcome.folder, ignore_errors=True)
 
 

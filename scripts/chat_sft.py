@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rt.check_can_train()
         run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt)
         micro_batch = MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1)
-        derived = run.saved_plan.get("total_batch_tokens") or micro_batch.nearest(inherited["total_batch_tokens"])
-        batch_tokens = args.total_batch_size or derived
-        micro_batch.check(batch_tokens)
+        begun_batch = run.saved_plan.get("total_batch_tokens")
+        batch_tokens = begun_batch or args.total_batch_size or micro_batch.nearest(inherited["total_batch_tokens"])
+        micro_batch.check(batch_tokens, is_given=not begun_batch)
         rows_per_step = batch_tokens // (config.sequence_len * rt.world_size)
         rows = args.device_batch_size or device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
         loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "base model": (str(base.folder), bool(args.base_tag)),
                 "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
                 "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{rows} rows, {rows_per_step // rows} passes", args.device_batch_size is not None),
+                "device batch": (f"{rows} rows, passes: {rows_per_step // rows}", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "device": (rt.describe(), bool(args.device_type)),
             }

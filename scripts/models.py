@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nanochat import cli
-from nanochat.common import UserError, base_dir, to_json
+from nanochat.common import UserError, base_dir, printable, to_json
 
 if TYPE_CHECKING:
     from nanochat.inventory import Leftover, Model
@@ -90,9 +90,14 @@ def show(models: "list[Model]", leftovers: "list[Leftover]") -> None:
         heads = ("model", "steps", "depth", "parameters", "size", "val bpb", "saved (UTC)", "state")
         print_table([heads, *map(table_row, models)], right={2, 3, 4, 5})
     for leftover in leftovers:
-        print(f"left over: {leftover.path} ({size(leftover.bytes)}){f': {leftover.keep}' if leftover.keep else ''}")
+        print(f"left over: {in_words(leftover)}")
     if any(not leftover.keep for leftover in leftovers):
         print("remove what is left over with --clean")
+
+
+def in_words(leftover: "Leftover") -> str:
+    kept = f": kept, it {leftover.keep}" if leftover.keep else ""
+    return f"{printable(str(leftover.path))} ({size(leftover.bytes)}){kept}"
 
 
 def table_row(model: "Model") -> tuple[str, ...]:
@@ -100,9 +105,10 @@ def table_row(model: "Model") -> tuple[str, ...]:
     if model.state == "running" and model.pid:
         state += f" (process {model.pid})"
     if model.damaged:
-        state += f" (step {', '.join(map(str, model.damaged))})"
+        steps = ", ".join(map(str, model.damaged))
+        state += f" (step {steps})" if model.state == "damaged" else f", damaged: step {steps}"
     return (
-        model.name,
+        printable(model.name),
         steps_in_words(model.steps),
         "?" if model.depth is None else str(model.depth),
         "?" if model.parameters is None else f"{model.parameters:,}",
@@ -158,7 +164,7 @@ def clean_up(args: Namespace) -> None:
     leftovers = find_leftovers()
     removable = [leftover for leftover in leftovers if not leftover.keep]
     for leftover in leftovers:
-        print(f"{leftover.path} ({size(leftover.bytes)}){f': kept, it {leftover.keep}' if leftover.keep else ''}")
+        print(in_words(leftover))
     if not removable:
         print("nothing to remove")
         return

@@ -15,6 +15,7 @@ in Python strings; the disk beside --out holds the text once more, uncompressed.
 """
 
 import hashlib
+import os
 import random
 import shutil
 import struct
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    source, out = cli.data_folder(args), Path(args.out).absolute()
+    source, out = cli.data_folder(args), Path(os.path.realpath(args.out))  # what a link leads to is replaced
     corpus = open_corpus(source)
     check_target(out, source, args.overwrite)
     print0(f"reading {corpus.describe()}")

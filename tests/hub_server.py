@@ -22,13 +22,14 @@ import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
-Fault = int | tuple[int, int] | str
+Fault = int | tuple[int, int | str] | str
 
 
 class Server(ThreadingHTTPServer):
@@ -189,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "RevisionNotFound")
         return known
 
-    def refuse_with(self, fault: int | tuple[int, int]) -> None:
+    def refuse_with(self, fault: int | tuple[int, int | str]) -> None:
         status, retry_after = fault if isinstance(fault, tuple) else (fault, None)
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         self.refuse(status, "EntryNotFound" if status == 404 else "", headers)
@@ -212,7 +213,8 @@ def main() -> None:
     temporary = args.port_file.with_name(args.port_file.name + ".tmp")
     temporary.write_text(f"{server.server_port}\n", encoding="utf-8")
     temporary.replace(args.port_file)
-    server.serve_forever()
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 if __name__ == "__main__":

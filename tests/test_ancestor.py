@@ -179,6 +179,7 @@ def test_a_missing_or_damaged_meta_is_named(head_model: Path, base_dir: Path) ->
         ('{"model_config": {"n_layer": 5, "flux": 1}}', r"unknown: flux; missing: sequence_len, .*n_embd$"),
         (json.dumps({"model_config": {**HEAD_SIZES, "n_head": 2.5}}), "not a size: n_head"),
         (json.dumps({"model_config": {**HEAD_SIZES, "n_layer": 10**6}}), "n_layer=1000000"),
+        (json.dumps({"model_config": {**HEAD_SIZES, "n_head": 0}}), r"model_000650\.pt: .*n_head.*at least 1"),
     ):
         meta.write_text(content)
         with pytest.raises(UserError, match=told):
@@ -318,6 +319,8 @@ def test_lengths_of_tokens_may_be_of_before_july_2026_but_not_of_another_tokeniz
     old[-9:] = 0
     assert old.tolist() != tokenizer.token_bytes.tolist()
     write_tokenizer(tmp_path, tokenizer, old)
+    assert read_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+    write_tokenizer(tmp_path, tokenizer, old.bfloat16())  # small numbers: exact in any type
     assert read_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
     old[256:290] += 1
     write_tokenizer(tmp_path, tokenizer, old)

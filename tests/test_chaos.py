@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanochat.chaos.faults import KINDS, build_shim, shim_environment
+from nanochat.chaos.lives import read_environment
 from nanochat.chaos.trials import COMMON, NUM_STEPS, SHAPE, draw_trial, usable_kinds, write_data
 from nanochat.chaos.verify import End, Lost, Tolerance, check_after_death, check_end, open_newest
 from nanochat.checkpoint import describe_file, saved_steps
@@ -186,6 +187,13 @@ def test_records_that_are_not_those_of_an_undisturbed_run_are_seen(copied: Path,
             check_after_death(copied, -1)
 
 
+def test_another_best_step_is_seen(copied: Path, finished: Path) -> None:
+    record = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps(record | {"best": None}))
+    with pytest.raises(Lost, match=r"metrics wrong: .*the best step is None"):
+        check_end(copied, End.of(finished), EXACT)
+
+
 def test_a_step_that_stood_before_must_stand_after(copied: Path) -> None:
     steps = saved_steps(copied)
     shutil.rmtree(copied / f"step_{steps[-1]:06d}")
@@ -294,8 +302,8 @@ def test_an_interrupted_harness_ends_its_processes_and_removes_its_folder(tmp_pa
     assert process.wait(60) == 130
     assert b"Traceback" not in process.communicate()[1]
     assert list(tmp_path.iterdir()) == []
-    names = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name.isdigit()]
-    assert not [name for name in names if str(root).encode() in name]
+    environments = [read_environment(entry) for entry in Path("/proc").glob("[0-9]*")]
+    assert not [words for words in environments if str(root) in words.get("NANOCHAT_BASE_DIR", "")]
 
 
 def test_an_unknown_stage_is_refused(temporary: Path) -> None:

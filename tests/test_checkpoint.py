@@ -24,6 +24,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates
 from nanochat.tokenizer import Tokenizer
+from nanochat.train.metrics import JsonlLogger
 from nanochat.train.run import Run
 
 RT = Runtime(torch.device("cpu"), torch.float32)
@@ -51,7 +52,7 @@ class Position:
 
 def flags(resume: str | int = "no", overwrite: bool = False, **changes: object) -> Namespace:
     given = {"resume": resume, "overwrite": overwrite, "depth": 2, "num_iterations": 10}
-    return Namespace(**(given | {"save_every": 1, "keep_last": 2, "keep_every": -1} | changes))
+    return Namespace(**(given | {"save_every": 1, "keep_last": 2, "keep_every": -1, "grace_period": 25.0} | changes))
 
 
 def training(config: ModelConfig = CONFIG, seed: int = 0) -> tuple[GPT, MuonAdamW]:
@@ -142,13 +143,13 @@ def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
     one = sum(p.numel() * 4 for p in model.parameters()) + optimizer.state_bytes
     assert one == pytest.approx(sum(t.numel() * 4 for t in optimizer.state_dict().values()) + one / 3, rel=0.2)
     usage = shutil.disk_usage(base_dir.parent)
-    for free_bytes, keep_last, fits in ((3 * one, 2, True), (3 * one - 1, 2, False), (2 * one, 1, True)):
+    for free_bytes, keep_last, fits in ((4 * one, 2, True), (4 * one - 1, 2, False), (3 * one, 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free_bytes: usage._replace(free=free))
         run = Run.open("base", "d2", flags(keep_last=keep_last), RT)
         if fits:
             run.restore(model, optimizer, Position(), tokenizer)
         else:
-            with pytest.raises(UserError, match=r"3 more checkpoints of .* GB each.*--keep-last=2.*keep fewer"):
+            with pytest.raises(UserError, match=r"4 more checkpoints of .* GB each.*--keep-last=2.*keep fewer"):
                 run.restore(model, optimizer, Position(), tokenizer)
             assert not list(base_dir.rglob("*.json"))
 
@@ -188,6 +189,45 @@ def snapshot(folder: Path) -> list[tuple[Path, int]]:
     return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_first_checkpoint_that_had_not_yet_its_name_is_found(save: Save) -> None:
+    folder = save("d2", 5).folder
+    hidden = folder.with_name(".d2.new")
+    folder.rename(hidden)  # as a kill between writing it and naming the run leaves it
+    (hidden / "run.json").unlink()
+    assert Run.open("base", "d2", flags("auto"), RT).start == 5
+    assert folder.is_dir() and not hidden.exists()
+
+
+def test_the_record_of_later_steps_stays_until_an_earlier_ones_branch_has_a_checkpoint(
+    save: Save, tokenizer: Tokenizer
+) -> None:
+    folder = save("d2", 4, 8).folder
+    lines = [json.dumps({"step": step}) + "\n" for step in range(9)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    for does_save in (False, True):
+        run, (model, optimizer) = Run.open("base", "d2", flags(4), RT), training()
+        run.restore(model, optimizer, Position(), tokenizer)
+        logger = JsonlLogger(run.metrics_path, run.start)
+        logger.log({"step": 4, "branch": True})
+        assert (folder / "metrics.jsonl").read_text() == "".join(lines)
+        if does_save:
+            run.save(6, model, optimizer, Position(), tokenizer, {}, {})
+            logger.log({"step": 6})
+        logger.close()
+        del run
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*({"step": step} for step in range(4)), {"step": 4, "branch": True}, {"step": 6}]
+    assert not list(folder.glob(".metrics*"))
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(save: Save) -> None:
+    run = save("d2", 5)
+    run.note_validation(5, float("nan"))
+    assert json.loads((run.folder / "run.json").read_text())["best"] is None
+    run.note_validation(5, 2.0)
+    assert json.loads((run.folder / "run.json").read_text())["best"] == {"step": 5, "val_bpb": 2.0}
+
+
 def test_a_run_is_not_replaced_unless_told_so(save: Save) -> None:
     folder = save("d2", 5, finish=True).folder
     before = snapshot(folder)
@@ -214,7 +254,7 @@ def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(save: Save,
     assert [path.name for path in folder.parent.glob(".*")] == [".d2.lock"]
 
 
-def test_two_processes_cannot_write_the_same_run(save: Save, tokenizer: Tokenizer) -> None:
+def test_a_run_has_one_writer(save: Save, tokenizer: Tokenizer) -> None:
     save("d2", 5)
     first, second = (Run.open("base", "d2", flags("auto"), RT) for _ in range(2))
     first.restore(*training(), Position(), tokenizer)
@@ -229,6 +269,19 @@ def test_a_finished_run_is_left_alone_by_resume_auto_unless_the_flags_differ(sav
     assert Run.open("base", "d2", flags("auto"), RT).is_finished
     with pytest.raises(UserError, match=r"finished with other flags .--depth: 2 -> 3"):
         Run.open("base", "d2", flags("auto", depth=3), RT)
+
+
+def test_a_finished_run_goes_on_to_a_longer_horizon(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    save("d2", 5, finish=True)
+    run = Run.open("base", "d2", flags("auto", num_iterations=20), RT)
+    assert (run.start, run.is_finished) == (5, False)
+    assert "--num-iterations: 10 -> 20" in capsys.readouterr().out
+
+
+def test_a_refusal_names_only_what_may_not_change(save: Save) -> None:
+    save("d2", 5)
+    with pytest.raises(UserError, match=r"other flags \(--depth: 2 -> \(not given\)\); give the earlier values"):
+        Run.open("base", "d2", flags("auto", num_iterations=20, depth=None), RT)
 
 
 def test_a_run_goes_on_only_with_the_flags_it_was_started_with(save: Save, capsys: pytest.CaptureFixture[str]) -> None:

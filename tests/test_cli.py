@@ -174,13 +174,16 @@ def test_every_problem_is_told_at_once_on_one_line_each():
         assert any(problem.startswith(named) for problem in told), named
 
 
-def test_rules_over_several_flags_run_only_when_each_flag_is_right():
+def test_rules_over_several_flags_are_told_together_with_wrong_flags_which_count_as_not_given():
     parser = make_parser()
     parser.check(lambda args: f"--depth={args.depth}: odd" if args.depth % 2 else None)
     with pytest.raises(UserError, match="--depth=3: odd"):
         parser.parse(["--depth=3"])
     with pytest.raises(UserError) as caught:
         parser.parse(["--depth=3", "--dropout=x"])
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["--dropout=x", "--depth=3"]
+    with pytest.raises(UserError) as caught:
+        parser.parse(["--depth=x"])
     assert "odd" not in str(caught.value)
     assert parser.parse(["--depth=2"]).depth == 2  # nothing is left of the earlier lines
 

@@ -61,6 +61,15 @@ def test_the_validation_shard_comes_with_any_number_of_train_shards(
     assert sorted(place for place in server.requests if place in NAMES) == NAMES  # each once
 
 
+def test_a_folder_with_validation_only_is_told_how_to_go_on(server: Server, tmp_path: Path) -> None:
+    fetch(server, tmp_path / "a folder", 0)
+    repair = (
+        rf"complete train shard yet; python -m nanochat\.dataset .*--data-dir='{tmp_path}/a folder' -n 1 fetches it"
+    )
+    with pytest.raises(UserError, match=repair):
+        open_corpus(tmp_path / "a folder")
+
+
 def test_the_manifest_says_where_every_shard_comes_from(server: Server, shards: Path, tmp_path: Path) -> None:
     fetch(server, tmp_path / "data", 1)
     written = json.loads((tmp_path / "data" / "manifest.json").read_text())
@@ -186,6 +195,7 @@ def test_by_default_depths_are_planned_at_the_ratio_they_are_trained_at() -> Non
     [
         (["-n", "8", "--depth=24"], "^--num-files, --depth: give one of them"),
         (["--tokens=1e9", "--depth=24"], "^--tokens, --depth: give one of them"),
+        (["--chars-per-token=4", "-n", "8"], "^--chars-per-token: needs --tokens or --depth"),
         (["--target-param-data-ratio=8"], "^--target-param-data-ratio: needs --depth"),
         (["--dataset=climb"], r"^--dataset=climb: must be climbmix, fineweb-edu or the owner/name"),
         (["--dataset=../x/y"], r"^--dataset=\.\./x/y: must be"),

@@ -62,6 +62,7 @@ def server(shards: Path) -> Iterator[Server]:
     ("place", "faults", "told"),
     [
         ("info", [429, 500], "the hub answers 429; attempt 2 of 3 in 0.01 s"),
+        ("info", [(429, "\xb2")], "the hub answers 429; attempt 2 of 3 in 0.01 s"),  # no number to wait for
         ("info", [(429, 1)], "the hub answers 429; attempt 2 of 3 in 1 s"),
         ("info", ["html"], "Expecting value"),
         ("tree", [520], "the hub answers 520"),
@@ -147,12 +148,21 @@ def test_a_listing_with_another_hash_than_the_file_is_never_believed(
     assert_sound(tmp_path / "data", shards, NAMES[1], VAL)
 
 
+@pytest.mark.parametrize("path", ["a/../../../../evil.parquet", "/evil.parquet", "a//b.parquet", "a\\b.parquet"])
+def test_a_listing_that_leads_out_of_the_folder_is_refused(server: Server, tmp_path: Path, path: str) -> None:
+    server.files[path], server.hashes[path] = server.files[NAMES[0]], server.hashes[NAMES[0]]
+    with pytest.raises(UserError, match=r"at main: lists .*parquet, which no folder can hold"):
+        fetch(server, tmp_path / "data", None)
+    assert not (tmp_path / "data").exists() and not set(server.requests) & {path, *NAMES}
+
+
 @pytest.mark.parametrize("column", ["body", "text"])
 def test_a_shard_without_text_is_named_and_not_kept(tmp_path: Path, column: str) -> None:
     for name in NAMES[:2]:
         write_shard(tmp_path / "origin" / name)
     pq.write_table(pa.table({column: [1, 2]}), tmp_path / "origin" / NAMES[0])
-    with Server(tmp_path / "origin") as server, pytest.raises(UserError, match="column `text`"):
+    told = rf"(?m)^{NAMES[0]}: .*column `text`"
+    with Server(tmp_path / "origin") as server, pytest.raises(UserError, match=told):
         fetch(server, tmp_path / "data")
     assert files_in(tmp_path / "data") == ["manifest.json", NAMES[1]]
 
@@ -214,6 +224,18 @@ def test_a_folder_with_other_contents_is_left_alone(server: Server, tmp_path: Pa
         fetch(server, tmp_path / "data", repo="someone/else")
 
 
+@pytest.mark.parametrize("name", [".download", ".lock", NAMES[0], ""])
+def test_what_stands_in_the_way_is_named(server: Server, tmp_path: Path, name: str) -> None:
+    if name == ".download":
+        (tmp_path / name).write_text("a file where a folder must be")
+    elif name:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{name}: (File exists|Is a directory); choose another folder with --data-dir"):
+        fetch(server, tmp_path if name else tmp_path / "link", 1)
+
+
 # Interrupted, at once, and without room
 
 
@@ -245,6 +267,22 @@ def test_a_killed_download_goes_on_where_it_was(server: Server, shards: Path, tm
     assert code == 0 and "2 of 4 shards are here" in out
     assert_sound(folder, shards, *NAMES[:3], VAL)
     assert server.requests.count(VAL) == server.requests.count(NAMES[0]) == 1
+
+
+def test_ctrl_c_waits_for_no_transfer_and_the_next_one_goes_on(server: Server, shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    server.fail(NAMES[1], ["hang"])
+    env = environment(server, folder) | {"HF_HUB_DOWNLOAD_TIMEOUT": "1000"}
+    line = command(server, folder, "-n", "3", "-w", "1")
+    process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_request(server, NAMES[1], process)
+    wait_for_entry(folder, NAMES[0], process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)  # with a transfer that never ends
+    assert (code, err) == (130, "\ninterrupted\n")
+    assert_sound(folder, shards, NAMES[0], VAL)
+    assert finish(start(server, folder, "-n", "3"))[0] == 0
+    assert_sound(folder, shards, *NAMES[:3], VAL)
 
 
 def test_of_two_downloads_at_once_the_second_waits_and_finds_everything(
@@ -303,6 +341,14 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(server: Server, 
     assert not set(server.requests) & set(NAMES)
     assert_sound(small_disk / "data", shards, NAMES[0], VAL)
     assert open_corpus(small_disk / "data").describe()
+
+
+def test_shards_that_are_taken_over_need_no_room(server: Server, shards: Path, small_disk: Path) -> None:
+    names = [NAMES[0], NAMES[1], VAL]
+    for name in names:  # 190 KB
+        (small_disk / name).write_bytes((shards / name).read_bytes())
+    fetch(server, small_disk, 2)
+    assert_sound(small_disk, shards, *names)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told_at_once(server: Server, shards: Path, small_disk: Path) -> None:

@@ -163,10 +163,12 @@ def remember(monkeypatch: pytest.MonkeyPatch, at_step: Callable[[int], None] = l
 
 def train(run: Run, num_steps: int, until: int | None = None) -> None:
     """The loop of a recipe, to the end or until a step in which it is given up."""
-    for step in Loop(num_steps, run.start, RT, open_loggers(run, {"n_layer": 2})):
+    loop = Loop(num_steps, run.start, RT, open_loggers(run, {"n_layer": 2}))
+    for step in loop:
         if step.last or step.index == until:
             break
         step.log(loss=3.0)
+    loop.check_completed()
 
 
 def steps_of(run: Run) -> list[int]:
@@ -270,8 +272,50 @@ def test_a_dashboard_that_falls_far_behind_is_given_up(
     run = new_run("memory")
     train(run, 9)
     go_on.set()
-    assert steps_of(run) == list(range(10)) and len(opened[0].steps) < 10
+    assert steps_of(run) == list(range(10))
+    assert sum(len(memory.steps) for memory in opened) < 10  # it may not even have been opened yet
     assert capsys.readouterr().err.count("warning: --logger=memory: it does not keep up") == 1
+
+
+HANGS = """
+import os, signal, sys, threading
+from test_loggers import Kind, Loop, Memory, RT, loggers, new_run, open_loggers, waiting_for
+from nanochat.common import run
+
+def main():
+    kind = Kind(lambda about: Memory(about, waiting_for(threading.Event())), "torch")
+    loggers.LOGGERS["memory"] = kind
+    run = new_run("memory")
+    loop = Loop(9, 0, RT, open_loggers(run, {}), grace_s=0.5)
+    for step in loop:
+        if step.over:
+            break
+        if step.index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step.log(loss=3.0)
+    loop.check_completed()
+
+run(main)
+"""
+
+
+@pytest.mark.usefixtures("base_dir")
+def test_a_dashboard_that_hangs_has_no_longer_than_the_grace_time_after_a_signal() -> None:
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    command, environment = [sys.executable, "-c", HANGS], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert "not done 0.5 s after SIGTERM, so the run ends here; the newest checkpoint stands" in done.stderr
+
+
+@pytest.mark.usefixtures("base_dir")
+def test_damaged_bytes_among_the_records_cost_their_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run("none")
+    train(run, 5)
+    run.metrics_path.write_bytes(run.metrics_path.read_bytes() + b"\xff\xfe\n")
+    assert steps_of(run) == list(range(6))
+    metrics.JsonlLogger(run.metrics_path, 4).close()
+    assert steps_of(run) == list(range(4))
 
 
 # The real ones ----------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def test_a_lone_file_is_split_by_document_as_without_a_manifest(tmp_path: Path) 
     before = open_corpus(tmp_path)
     main(["verify", f"--data-dir={tmp_path}", "--write"])
     after = open_corpus(tmp_path)
+    assert "1 shard, shard_0.parquet in part for validation" in after.describe()
     assert list(after.train.documents()) == list(before.train.documents())
     assert list(after.val.documents()) == list(before.val.documents())
 
@@ -102,8 +103,11 @@ def test_a_missing_or_truncated_shard_is_an_error_that_says_what_to_do(folder: P
     with pytest.raises(UserError, match=f"{name}: missing\nput the file back"):
         open_corpus(folder)
     dataclasses.replace(manifest_of(folder), dataset="some/data", revision="0" * 40).write(folder)
-    repair = rf"python -m nanochat\.dataset --dataset=some/data --data-dir={folder} -n 3 fetches it again"
+    repair = rf"python -m nanochat\.dataset --dataset=some/data --data-dir={folder} -n 3 fetches it"
     with pytest.raises(UserError, match=repair):
+        open_corpus(folder)
+    dataclasses.replace(manifest_of(folder), asked=9).write(folder)
+    with pytest.raises(UserError, match="-n 8 fetches it"):
         open_corpus(folder)
     for shard in list(folder.glob("*.parquet")):
         shard.unlink()
@@ -131,14 +135,34 @@ def test_verify_finds_every_kind_of_damage_and_names_each_file(folder: Path, cap
     assert gone.endswith("shard_2.parquet: missing") and "put the file back" in advice
 
 
+def test_a_file_that_cannot_be_read_does_not_hide_what_is_wrong_with_the_others(folder: Path) -> None:
+    manifest = manifest_of(folder)
+    first, *others = manifest.shards
+    odd = dataclasses.replace(first, name="n" * 300)  # no file can have that name
+    dataclasses.replace(manifest, shards=(odd, *others)).write(folder)
+    (folder / "shard_2.parquet").unlink()
+    with pytest.raises(
+        UserError, match=r"nnn: cannot be read \(File name too long\)(.*\n)+.*shard_2\.parquet: missing"
+    ):
+        verify(folder)
+    with pytest.raises(UserError, match="File name too long"):
+        open_corpus(folder)
+
+
+def test_what_a_manifest_says_is_shown_without_moving_the_cursor(folder: Path) -> None:
+    dataclasses.replace(manifest_of(folder), dataset="a/b\x1b[2J\n", revision="0" * 40).write(folder)
+    assert r"manifest of a/b\x1b[2J\n at 000000000000" in open_corpus(folder).describe()
+
+
 def test_verify_needs_a_manifest_and_write_never_replaces_one(folder: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: is there already; remove it first"):
         main(["verify", f"--data-dir={folder}", "--write"])
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"has no manifest\.json to compare with; --write makes one"):
         verify(folder)
-    with pytest.raises(UserError, match=r"nowhere: no such folder"):
-        main(["verify", f"--data-dir={folder / 'nowhere'}", "--write"])
+    for write in ([], ["--write"]):
+        with pytest.raises(UserError, match=r"nowhere: no such folder; download into it first"):
+            main(["verify", f"--data-dir={folder / 'nowhere'}", *write])
 
 
 # A manifest that somebody has edited

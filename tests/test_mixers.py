@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat import config
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
 from nanochat.model.attention import offset, rotate
 from nanochat.model.gpt import GPT, build_model, flops_per_token, predict_parameters
-from nanochat.model.layers import shifted
+from nanochat.model.layers import ACTIVATIONS, shifted
 from nanochat.model.mixer import LayerContext, Mixer
+from nanochat.model.residual import RESIDUALS
 
 pytestmark = pytest.mark.usefixtures("recurrent")
 PATTERNS = ["A", "R", "AR"]
@@ -176,6 +178,10 @@ def test_the_tensor_parallel_plan_names_every_projection_once(pattern: str) -> N
         assert isinstance(mixer, Mixer)
         assert mixer.tp_plan().keys() == dict(mixer.named_children()).keys()
         assert set(mixer.tp_plan().values()) <= {"colwise", "rowwise", "replicate"}
+
+
+def test_flags_know_the_schemes_and_activations_that_there_are() -> None:
+    assert tuple(RESIDUALS) == config.RESIDUALS and tuple(ACTIVATIONS) == config.ACTIVATIONS
 
 
 @pytest.mark.parametrize(

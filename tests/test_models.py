@@ -149,6 +149,11 @@ def test_a_folder_without_checkpoints_is_listed_as_damaged(listed) -> None:
     assert names_and_states(listed()) == {"base/d2": "damaged"}
 
 
+def test_a_name_of_many_lines_and_colours_is_one_plain_line(listed) -> None:
+    make("a\n\x1b[31mb", 5)
+    assert names_and_states(listed()) == {r"base/a\n\x1b[31mb": "stopped, --resume=auto goes on"}
+
+
 def test_sizes_and_steps_are_short() -> None:
     assert [models.size(n) for n in (0, 999, 1000, 1_240_000, 999_600, 35_000_000_000)] == [
         "0 B",
@@ -181,6 +186,14 @@ def test_one_checkpoint_can_be_deleted_but_not_the_only_one(listed) -> None:
     with pytest.raises(UserError, match=r"the only checkpoint.*leave --step out"):
         models.main(["--delete=base/d2", "--step=5", "--yes"])
     assert saved_steps(folder) == [5]
+
+
+def test_a_finished_run_that_loses_its_last_checkpoint_is_to_be_continued(listed) -> None:
+    make("d2", 5, 6, 7, status="finished")
+    listed("--delete=base/d2", "--step=5", "--yes")
+    assert names_and_states(listed()) == {"base/d2": "finished"}
+    listed("--delete=base/d2", "--step=7", "--yes")
+    assert names_and_states(listed()) == {"base/d2": "stopped, --resume=auto goes on"}
 
 
 @pytest.mark.parametrize(
@@ -278,8 +291,10 @@ def test_a_run_that_a_live_process_writes_is_not_touched(listed, base_dir: Path)
     (folder / ".step_000007.tmp").mkdir()
     before = files_in(base_dir)
     with training(folder) as process:
-        lines = listed()
-        assert names_and_states(lines) == {"base/d2": f"running (process {process.pid})"}
+        assert names_and_states(listed()) == {"base/d2": f"running (process {process.pid})"}
+        moved = (folder / "step_000005" / "meta.json").rename(base_dir / "meta.json")
+        assert names_and_states(listed()) == {"base/d2": f"running (process {process.pid}), damaged: step 5"}
+        moved.rename(folder / "step_000005" / "meta.json")
         for flags in (["--delete=base/d2"], ["--delete=base/d2", "--step=5"]):
             with pytest.raises(UserError, match=f"process {process.pid} is writing this run"):
                 models.main([*flags, "--yes"])
@@ -293,7 +308,10 @@ def test_a_run_that_a_live_process_writes_is_not_touched(listed, base_dir: Path)
 def test_a_run_is_held_by_one_process_at_a_time(base_dir: Path) -> None:
     folder = run_folder("base", "d2")
     assert writer(folder) is None
-    with training(folder) as process, pytest.raises(UserError, match=f"process {process.pid} .*another --model-tag"):
+    with (
+        training(folder) as process,
+        pytest.raises(UserError, match=f"process {process.pid} .*wait until it ends, or stop it"),
+    ):
         hold(folder)
     with hold(folder):
         assert writer(folder) == os.getpid()

@@ -64,6 +64,7 @@ def test_a_malicious_model_does_nothing(tmp_path: Path) -> None:
         (b"0.", "damaged"),
         (b"]R.", "damaged"),
         (b"}))s.", "keys"),
+        (b"}I1\nI2\ns.", "keys"),
         (b"I1\nI2\nI3\ns.", "takes none"),
         (b"I1\nI2\na.", "no list"),
         (b"h\x05.", "damaged"),
@@ -88,7 +89,7 @@ def test_plain_data_is_read_as_it_was_written() -> None:
     data = {
         "a": [1, -5, 2**70, 1.5, None, True],
         "b": (b"x", "ü" * 300, {}),
-        3: ("a", "b", "c", "d"),
+        "c": ("a", "b", "c", "d"),
         "again": [again] * 2,
     }
     for protocol in (2, 3, 4, 5):
@@ -163,7 +164,13 @@ def tampered(path: Path, change: object) -> None:
 
 def test_a_tensor_cannot_reach_beyond_its_numbers(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    for shape, stride, offset in (((4, 4), (4, 1), 1), ((5, 4), (4, 1), 0), ((17,), (0,), 0), ((4,), (5, 1), 0)):
+    for shape, stride, offset in (
+        ((4, 4), (4, 1), 1),
+        ((5, 4), (4, 1), 0),
+        ((17,), (0,), 0),
+        ((4,), (5, 1), 0),
+        ((1,) * 65, (1,) * 65, 0),
+    ):
         torch.save(torch.zeros(16), path)
         buffer = io.BytesIO()
         forged_pickle(buffer, shape, stride, offset)
@@ -185,6 +192,12 @@ def forged_pickle(buffer: io.BytesIO, shape: tuple, stride: tuple, offset: int) 
             return torch._utils._rebuild_tensor_v2, (Storage(), offset, shape, stride, False, OrderedDict())
 
     Forger(buffer, 2).dump(Tensor())
+
+
+def test_torchs_format_of_before_2020_is_named(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="format of before 2020"):
+        read_tensors(tmp_path / "x.pt")
 
 
 def test_a_forged_tensor_that_fits_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_train import add_noise, batches
 from torch import Tensor
 
-from nanochat import sharding
+from nanochat import parallel, sharding
 from nanochat.config import ModelConfig
 from nanochat.loader import Batch
 from nanochat.model.gpt import GPT, build_model
@@ -100,6 +100,23 @@ def overlapping(rt: Runtime, folder: Path) -> dict[str, Tensor]:
     return {"counts": torch.tensor(counts)}
 
 
+def compiled(rt: Runtime, folder: Path) -> dict[str, Tensor]:
+    """Losses of three steps through the compiler, and into how many pieces it has cut the backward."""
+    model, optimizer = training(rt, torch.float32)
+    loss_fn = rt.compile(model.loss, "on", backend="aot_eager")
+    batch = next(my_batches(rt))
+    waiting, seen = [loss_fn(batch.inputs, batch.targets, batch.document_ids).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    pieces = sum("CompiledFunction" in type(node).__name__ for node in seen)
+    stream = my_batches(rt)
+    losses = [train_step(loss_fn, stream, optimizer, PLAN.at(i), rt, 2) for i in range(3)]
+    return {"pieces": torch.tensor(pieces), "losses": torch.tensor(losses, dtype=torch.float64)}
+
+
 def refused(rt: Runtime, folder: Path) -> dict[str, Tensor]:
     """A step whose loss is not finite, and one after it."""
     model, optimizer = training(rt, torch.float32)
@@ -118,7 +135,7 @@ def run_rank(rank: int, world_size: int, port: int, program: Program, folder: Pa
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
-    sharding.BUCKET_BYTES = 4096  # many buckets, as large models have
+    parallel.BUCKET_BYTES = sharding.BUCKET_BYTES = 4096  # many buckets, as large models have
     with runtime("cpu") as rt:
         save_file(program(rt, folder), folder / f"rank{rank}")
 
@@ -188,6 +205,14 @@ def test_from_the_second_step_on_gradients_travel_while_the_last_backward_comput
         (_, first, total), (before, second, _), third = found["counts"].tolist()
         assert first == 0 and before == 0  # the first step finds out in which order gradients are made
         assert total > 12 and second == total and third == [0, total, total]
+
+
+def test_a_compiled_backward_comes_in_pieces_so_that_gradients_can_travel_meanwhile(
+    alone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for found in on_ranks(2, compiled, tmp_path):
+        assert found["pieces"] > CONFIG.n_layer  # one alone gives all gradients at its end
+        torch.testing.assert_close(found["losses"], alone["losses32"][:3], rtol=1e-4, atol=0)
 
 
 def test_a_loss_that_is_not_finite_leaves_all_ranks_ready_for_the_next_step(tmp_path: Path) -> None:

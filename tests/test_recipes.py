@@ -62,12 +62,11 @@ SWITCHES = {
     "--mlp-activation=gelu": {"mlp_activation": "gelu"},
     "--softcap=0": {"softcap": 0.0},
     "--window-pattern=L": {"window_pattern": "L"},
-    "--laws=reference": {"key_offset": False},
+    "--laws=reference": {"key_offset": False, "backout": True},
 }
 
 
-# Rows of 64 positions lie within every window and within one long document; at depth 2 the middle layer is the last,
-# and the final norm undoes taking a share of it out.
+# Rows of 64 positions lie within every window and within one long document; models of depth 2 have no backout.
 NO_EFFECT_HERE = {"--window-pattern=L", "--doc-mask", "--no-backout"}
 
 

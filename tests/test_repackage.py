@@ -138,6 +138,13 @@ def test_an_earlier_folder_is_replaced_only_when_asked_for(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
 
 
+def test_a_link_is_followed_and_the_folder_behind_it_replaced(tmp_path: Path) -> None:
+    out = repackage(write_jsonl(tmp_path / "a.jsonl", documents(100)), tmp_path / "out")
+    (tmp_path / "link").symlink_to(out)
+    repackage(write_jsonl(tmp_path / "a.jsonl", documents(60)), tmp_path / "link", "--overwrite")
+    assert (tmp_path / "link").is_symlink() and sorted(texts_of(out)) == documents(60)
+
+
 def test_nothing_but_a_folder_of_shards_is_ever_replaced(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in" / "a.jsonl", documents(100))
     (tmp_path / "mine").mkdir()

@@ -123,6 +123,12 @@ def test_learning_rates_hardly_fall_with_small_batches_and_grow_with_the_root_of
     assert ours.lr_scale(2**19) == reference.lr_scale(2**19) == 1.0
 
 
+def test_backout_is_left_out_where_the_middle_layer_is_the_last_unless_asked_for() -> None:
+    assert [model_config(depth).backout for depth in (1, 2, 3, 4, 12)] == [False, False, True, True, True]
+    assert model_config(2, laws="reference").backout and model_config(2, backout=True).backout
+    assert not model_config(12, backout=False).backout
+
+
 def test_at_the_reference_point_both_laws_agree() -> None:
     ours, reference = plan_of(12, "nanochat"), plan_of(12, "reference")
     assert (ours.num_steps, ours.total_batch_tokens) == (reference.num_steps, reference.total_batch_tokens)
@@ -208,7 +214,13 @@ def test_every_depth_has_a_plan_on_any_number_of_ranks(world_size: int, laws: st
 
 def test_a_batch_that_ranks_cannot_share_names_totals_and_numbers_of_ranks_that_would_do() -> None:
     MicroBatch(512, 4, 2).check(8192)
-    with pytest.raises(UserError, match=r"10240 tokens.*nearest totals are 0 and 10240|nearest total is 10240"):
+    with pytest.raises(
+        UserError, match=r"^the run's batch: 8192 must be.*x 3 ranks.*; it can be split over 2 or 4 ranks$"
+    ):
+        MicroBatch(512, 3).check(8192, is_given=False)
+    with pytest.raises(UserError, match=r"over 2 ranks, or give a smaller --device-batch-size$"):
+        MicroBatch(512, 3, 8).check(8192, is_given=False)
+    with pytest.raises(UserError, match=r"10240 tokens.*nearest total is 10240"):
         MicroBatch(512, 5, 4).check(8192)
     with pytest.raises(UserError, match=r"nearest totals are 7680 and 10240; it can be split over 4 or 8 ranks"):
         MicroBatch(512, 5, 1).check(8192)

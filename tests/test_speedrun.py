@@ -79,7 +79,7 @@ def test_the_speedrun_goes_from_the_hub_to_a_report_and_a_second_start_has_nothi
 ) -> None:
     result = run("speedrun.sh", project, hub)
     assert_complete(project, result, "d2")
-    assert "base model on 2 processes" in result.stdout and "2 ranks" in result.stdout
+    assert "base model, processes: 2" in result.stdout and "2 ranks" in result.stdout
     corpus = open_corpus(project / "base" / "base_data_climbmix")
     assert len(corpus.train.sources) == 8  # for the tokenizer; more than the model needs
     assert [source.path.name for source in corpus.val.sources] == ["shard_00010.parquet"]
@@ -109,3 +109,14 @@ def test_an_unknown_argument_is_told_and_help_shows_the_settings(script: str) ->
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: --depth=4: unknown argument")
     told = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=30)
     assert told.returncode == 0 and "DEPTH" in told.stdout and "DATA_DIR" in told.stdout
+
+
+@pytest.mark.parametrize(
+    "settings", [{"DEPTH": "abc"}, {"BASE_FLAGS": "--num-iterations=3"}, {"SFT_FLAGS": "--dpeth=3"}]
+)
+def test_a_slip_in_the_settings_is_told_before_anything_is_downloaded(
+    settings: dict[str, str], project: Path, hub: Server
+) -> None:
+    result = run("speedrun.sh", project, hub, **settings)
+    assert result.returncode == 2 and result.stderr.startswith("error: --")
+    assert not hub.requests

@@ -180,11 +180,13 @@ def test_a_cadence_of_minus_one_is_never_due() -> None:
 
 def test_every_step_leaves_a_record_also_the_last_one_that_the_recipe_breaks_out_of(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for step in Loop(3, 0, RT, [JsonlLogger(path, 0)], tokens_per_step=100, flops_per_token=7):
+    loop = Loop(3, 0, RT, [JsonlLogger(path, 0)], tokens_per_step=100, flops_per_token=7)
+    for step in loop:
         if step.last:
             step.log(val_bpb=1.5)
             break
         step.log(loss=3.0 - step.index)
+    loop.check_completed()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert [record.get("loss_raw") for record in records] == [3.0, 2.0, 1.0, None]

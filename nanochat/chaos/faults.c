@@ -1,7 +1,8 @@
 /* A disk that fails on demand: preloaded into a training process, it strikes at the k-th call below one folder.
  *
  *   FAULT_FOLDER  real path; only files below it count       FAULT_LOG  where the strike (or the totals) is told
- *   FAULT_CALLS   write, sync, rename, or any: which calls count; any adds making, cutting and deleting files
+ *   FAULT_CALLS   write, sync, rename, or any: which calls count; any adds making folders, cutting and
+ *                                                             deleting files
  *   FAULT_AT      strike at the k-th of them; 0: never, only count
  *   FAULT_DOES    full    no space left, from this call on             (the disk stays full)
  *                 short   half of the bytes, then no space left        (the disk fills up in the middle of a call)

@@ -136,7 +136,6 @@ class Course:
 
     num_steps: int
     startup_s: float
-    total_s: float
     calls: Mapping[str, int]  # write, sync, rename, any -> how often; empty without the shim
 
     def shim_variables(self, fault: Fault, start: int, shim: Path, folder: Path, log: Path) -> list[str]:
@@ -180,7 +179,7 @@ def read_counts(log: Path) -> dict[str, int]:
 # Dealing them ----------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
+class Abandoned(Exception):
     """Everything is to end."""
 
 
@@ -220,7 +219,7 @@ class Supervision:
         self.watch.look()
         lived_s = monotonic() - self._began
         if self.stop.is_set():
-            raise Stopped
+            raise Abandoned
         if monotonic() > self._deadline:
             raise Lost("hangs", f"still there after {lived_s:.0f} s")
         if self.watch.records and not self.startup_s:

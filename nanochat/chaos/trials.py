@@ -113,20 +113,20 @@ class World:
         flags = [*stage.flags(self), *COMMON, *flags, f"--model-tag={variant}"]
         watch = Watch(folder / variant)
         command = self.command(self.base, stage.recipe, flags, environment)
-        startup_s, total_s = self._run(f"{stage.name}-{variant}", command, watch)
+        startup_s = self._run(f"{stage.name}-{variant}", command, watch)
         self.ends[stage.name, variant] = End.of(watch.folder)
         if variant == "whole":
-            self.courses[stage.name] = Course(NUM_STEPS, startup_s, total_s, read_counts(log))
+            self.courses[stage.name] = Course(NUM_STEPS, startup_s, read_counts(log))
 
-    def _run(self, name: str, command: Sequence[str], watch: Watch | None = None) -> tuple[float, float]:
-        """Seconds to the first step, and in all. Raises UserError unless the command ends well."""
-        log, began = self.root / f"{name}.log", monotonic()
+    def _run(self, name: str, command: Sequence[str], watch: Watch | None = None) -> float:
+        """Seconds to the first step. Raises UserError unless the command ends well."""
+        log = self.root / f"{name}.log"
         life = Life(command, self.repository, f"{self.root.name}-{name}", log)
         supervision = Supervision(life, watch or Watch(self.root / "nothing"), self.stop)
         code = supervision.until_it_ends()
         if code:
             raise UserError(f"the undisturbed run {name} left with {code}; it printed:\n{tail(log)}")
-        return supervision.startup_s, monotonic() - began
+        return supervision.startup_s
 
 
 def write_data(text: Path, chats: Path) -> None:

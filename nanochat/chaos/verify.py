@@ -3,7 +3,7 @@
 After every death: the newest checkpoint that bears a name is as its manifest says, it is not older than one that was
 seen before, and every step it counts has its record. At the end: weights, optimizer, data position and progress are the
 reference's bit for bit (or within a tolerance, where other numbers of ranks took part), and so is the record of every
-step, once each, in order.
+step, once each, in order, and the step that is kept as the best.
 """
 
 import json
@@ -57,10 +57,11 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class End:
-    """Where a run came to: its last checkpoint, opened, and its records."""
+    """Where a run came to: its last checkpoint, opened, its records, and which step it remembers as the best."""
 
     checkpoint: Checkpoint
     records: list[dict[str, Any]]
+    best: dict[str, Any] | None
 
     @classmethod
     def of(cls, folder: Path) -> "End":
@@ -70,9 +71,10 @@ class End:
         records = read_records(folder)
         if len(records) != len(lines):
             raise Lost("metrics wrong", f"{folder}: {len(lines) - len(records)} damaged records in metrics.jsonl")
-        if read_json(folder / "run.json").get("status") != "finished":
+        run = read_json(folder / "run.json")
+        if run.get("status") != "finished":
             raise Lost("lost runs", f"{folder}: the command ended well, but the run is not marked as finished")
-        return cls(checkpoint, records)
+        return cls(checkpoint, records, run.get("best"))
 
 
 def open_newest(folder: Path) -> Checkpoint:
@@ -139,6 +141,8 @@ def check_end(folder: Path, reference: End, tolerance: Tolerance) -> None:
         raise Lost("metrics wrong", f"{folder}: the records are of steps {steps}")
     for ours, theirs in zip(end.records, reference.records, strict=True):
         compare_records(ours, theirs, tolerance.loss)
+    if tolerance.is_exact and end.best != reference.best:
+        raise Lost("metrics wrong", f"{folder}: the best step is {end.best}, undisturbed it was {reference.best}")
     differences = list(state_differences(end.checkpoint, reference.checkpoint, tolerance))
     if differences:
         raise Lost("weights differing", f"{folder}: {'; '.join(differences[:4])}")

@@ -7,7 +7,7 @@
         if step.over:
             break
         step.log(loss=train_step(...))
-    loop.check_completed()
+    loop.check_completed()      # the last record, and what a signal asked for
 
 Steps are numbered from 0; the step with index == total comes after the last update, so evaluation and saving stand
 once, at the top. Paused time is not training time. With a time budget the total is re-estimated from the pace so far.
@@ -24,7 +24,7 @@ from typing import Any
 
 from nanochat.loggers import Logger, Record
 from nanochat.parallel import Runtime
-from nanochat.train.stop import StopRequest
+from nanochat.train.stop import StopRequest, stopped
 
 SMOOTHING = 0.9  # of the reported loss
 
@@ -122,7 +122,9 @@ class Loop:
         self.loggers = list(loggers)
         self._durations: deque[float] = deque(maxlen=20)
         self._stop = StopRequest(grace_s, rt.is_main)
-        self._stopped_at: int | None = None
+        self._signal = 0  # that the ranks agree on
+        self._left_at: tuple[Step, float] | None = None  # the last step, and when it began
+        self._has_ended = False
 
     def __iter__(self) -> Iterator[Step]:
         index = self.start
@@ -134,33 +136,45 @@ class Loop:
                 step.stopping = self._must_stop(step)
                 try:
                     yield step
-                except GeneratorExit:  # the recipe broke out, as it does at the last step, or has failed
-                    if step.last:
-                        self._finish(step, began)
-                    if step.over:
-                        self._stop.release()
+                except GeneratorExit:  # the recipe broke out, as it does at the end, or has failed
+                    self._left_at = (step, began) if step.over else None
                     raise
-                self._finish(step, began)
                 if step.over:
-                    self._stop.release()
+                    self._left_at = (step, began)
+                    self.check_completed()
                     return
+                self._finish(step, began)
                 index += 1
         finally:
-            for logger in self.loggers:
-                logger.close()
+            # What goes wrong in here is lost where a `break` came before, so the end is check_completed's.
+            if self._left_at is None:
+                self._close_loggers()
+                if self.rt.world_size == 1:  # else torchrun's SIGTERM would cut short what is still to be told
+                    self._stop.release()
 
     def _must_stop(self, step: Step) -> bool:
         """Whether any rank was asked to stop; a run at its last step ends as if it was not."""
-        self._stop.signal = int(self.rt.max_number(self._stop.signal)) if self._stop.is_watching else 0
-        if not self._stop.signal or step.last:
+        if not self._stop.is_watching:
             return False
-        self._stopped_at = step.index
-        return True
+        self._signal = int(self.rt.max_number(self._stop.received))
+        return bool(self._signal) and not step.last
 
     def check_completed(self) -> None:
-        """Raise Stopped if a signal has ended the loop before its last step."""
-        if self._stopped_at is not None:
-            raise self._stop.stopped(self._stopped_at)
+        """End the loop that the recipe has left: the last record, loggers. Raise Stopped if a signal has ended it."""
+        if self._left_at is None or self._has_ended:
+            return
+        self._has_ended = True
+        step, began = self._left_at
+        if step.last:
+            self._finish(step, began)
+        self._close_loggers()
+        self._stop.release()
+        if step.stopping:
+            raise stopped(self._signal, step.index)
+
+    def _close_loggers(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
     def summary(self) -> Record:
         """What the run came to, for its report."""
@@ -206,5 +220,6 @@ class Loop:
         speed |= {"step_s": train_s, "tokens_per_s": tokens_per_s, "flops": progress.tokens * self.flops_per_token}
         if self.rt.peak_flops:
             speed["mfu"] = tokens_per_s * self.flops_per_token / (self.rt.peak_flops * self.rt.world_size)
-        speed["eta_s"] = (step.total - step.index - 1) * statistics.median(self._durations)
+        if len(self._durations) > 1:  # the first step is far slower than the others
+            speed["eta_s"] = (step.total - step.index - 1) * statistics.median(self._durations)
         return speed

@@ -54,14 +54,13 @@ def read_lines(path: Path) -> list[str]:
     """Whole lines of a metrics file; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    with reading(path):  # bytes that are no text make a line that is no record
+        return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics file; those that a crash has damaged are left out. UserError where it cannot be read."""
-    with reading(path, "", UnicodeDecodeError):
-        lines = read_lines(path)
-    return [json.loads(line) for line in lines if step_of(line) < math.inf]
+    return [json.loads(line) for line in read_lines(path) if step_of(line) < math.inf]
 
 
 def step_of(line: str) -> float:
@@ -81,7 +80,7 @@ class Background:
     def __init__(self, name: str, open_logger: Callable[[], Logger]) -> None:
         self._name, self._open = name, open_logger
         self._waiting: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-        self._has_failed = False
+        self._has_failed, self._telling = False, threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"logger-{name}", daemon=True)
         self._thread.start()
 
@@ -101,6 +100,7 @@ class Background:
     def _work(self) -> None:
         try:
             logger = self._open()
+            del self._open  # and with it all records from before
             while (record := self._waiting.get()) is not None:
                 logger.log(record)
             logger.close()
@@ -108,14 +108,15 @@ class Background:
             self._fail(str(error) or repr(error))
 
     def _fail(self, reason: str) -> None:
-        if not self._has_failed:
-            self._has_failed = True
-            print(
-                f"warning: --logger={self._name}: {printable(reason)[:SHOWN_CHARS]}; the run goes on without it, "
-                "metrics.jsonl has every step",
-                file=sys.stderr,
-                flush=True,
-            )
+        with self._telling:
+            if not self._has_failed:
+                print(
+                    f"warning: --logger={self._name}: {printable(reason)[:SHOWN_CHARS]}; the run goes on without it, "
+                    "metrics.jsonl has every step",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._has_failed = True  # only now: `close` waits for a warning that is being given
 
 
 def open_loggers(run: Run, model_config: Mapping[str, Any]) -> list[Logger]:

@@ -11,10 +11,12 @@ one with the lowest validation loss.
 """
 
 import json
+import math
 import os
 import shutil
+import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from nanochat.checkpoint import (
     saved_steps,
     write_checkpoint,
 )
-from nanochat.common import UserError, atomic_write, base_dir, print0
+from nanochat.common import UserError, atomic_write, base_dir, print0, sync_file
 from nanochat.machine import git_commit
 from nanochat.model.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -68,6 +70,7 @@ class Run:
         self._inputs: dict[str, str] = {}
         self._first_inputs: dict[str, str] = record.get("inputs", {}) if checkpoint else {}
         self._lock: RunLock | None = None
+        self._has_warned = False
         self._commit = git_commit() if rt.is_main else None
         best = record.get("best")
         self.final_folder = folder
@@ -99,7 +102,9 @@ class Run:
                 f"{folder}: holds a {'finished' if finished else 'stopped'} run at step {steps[-1]}; {hint}replace it "
                 "with --overwrite, or choose another --model-tag"
             )
-        checkpoint = cls._resume_checkpoint(folder, steps, args.resume)
+        if finished and args.resume == "auto":
+            finished = not horizon_changes(args, record.get("args", {}))  # a longer one goes on, a shorter is refused
+        checkpoint = cls._resume_checkpoint(folder, steps, args.resume, rt.is_main)
         if checkpoint:
             check_flags(args, record.get("args", {}), folder, finished and args.resume == "auto")
         run = cls(folder, args, rt, checkpoint, finished and args.resume == "auto", record)
@@ -107,14 +112,14 @@ class Run:
         return run
 
     @staticmethod
-    def _resume_checkpoint(folder: Path, steps: list[int], resume: str | int) -> Checkpoint | None:
+    def _resume_checkpoint(folder: Path, steps: list[int], resume: str | int, verify: bool) -> Checkpoint | None:
         if resume == "no" or (resume == "auto" and not steps):
             return None
         wanted = steps[-1] if resume in ("auto", "newest") and steps else resume
         if wanted not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise UserError(f"--resume={resume}: {folder} has no such checkpoint; there are: {there}")
-        return Checkpoint.open(folder / f"step_{wanted:06d}")
+        return Checkpoint.open(folder / f"step_{wanted:06d}", verify)  # one rank reads every byte, not all
 
     def claim(self) -> None:
         """Hold the run's lock, and clear the ground. For rank 0; `restore` does it."""
@@ -126,6 +131,8 @@ class Run:
             make_folder(self.folder)
         else:
             clear_remains(self.folder)
+            if self._stale and (self.folder / "metrics.jsonl").exists():
+                shutil.copyfile(self.folder / "metrics.jsonl", self.metrics_path)
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Note fingerprints of what is trained on, by name: "text", "base model".
@@ -140,6 +147,10 @@ class Run:
                 "it anew with --overwrite, or choose another --model-tag"
             )
         self._inputs |= inputs
+        if not all(map(self.rt.agrees_on, inputs.values())):
+            raise UserError(
+                f"{self.folder}: the ranks see different inputs; wait until a download or a change of the files is over"
+            )
 
     @property
     def start(self) -> int:
@@ -152,7 +163,8 @@ class Run:
 
     @property
     def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        """Hidden while the run goes on from an earlier step: the record of the later ones stays until they go."""
+        return self.folder / (".metrics.jsonl.new" if self._stale else "metrics.jsonl")
 
     @property
     def relative_metrics_path(self) -> str:
@@ -209,6 +221,7 @@ class Run:
         """
         if step == self.start and self.checkpoint is not None:
             return
+        began = time.perf_counter()
         state, optimizer_state = loader.state(), optimizer.state_dict()
         if self.rt.is_main:
             arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
@@ -232,14 +245,30 @@ class Run:
             with self._tidying(step):
                 self._take_place()
                 self._drop([old for old in self._stale if old != step])
-                self._stale = []
+                self._replace_metrics()
                 self._retire()
         self.folder = self.final_folder
         self.rt.barrier()
+        self._compare_with_grace(time.perf_counter() - began)
+
+    def _compare_with_grace(self, save_s: float) -> None:
+        """Warn, once, where a signal would leave too little time for a checkpoint."""
+        if save_s > 0.5 * self.args.grace_period and not self._has_warned:
+            self._has_warned = True
+            print0(
+                f"warning: a checkpoint takes {save_s:.0f} s; --grace-period={self.args.grace_period:g} may be too "
+                "short to save when a signal stops the run; give a longer one (and torchrun its --shutdown-timeout)"
+            )
+
+    def _replace_metrics(self) -> None:
+        """The record of the branch takes the place of the one whose checkpoints are gone; an open file goes along."""
+        hidden, self._stale = self.metrics_path, []
+        if hidden != self.metrics_path and hidden.exists():
+            os.replace(hidden, self.metrics_path)
 
     def note_validation(self, step: int, val_bpb: float) -> None:
         """Remember a saved step that is the best so far, and keep it."""
-        is_better = self._best is None or val_bpb < self._best["val_bpb"]
+        is_better = math.isfinite(val_bpb) and (self._best is None or val_bpb < self._best["val_bpb"])
         if self.rt.is_main and is_better and step in saved_steps(self.folder):
             self._best = {"step": step, "val_bpb": val_bpb}
             self._write_status("running")
@@ -265,7 +294,8 @@ class Run:
 
     def _check_space(self, checkpoint_bytes: int) -> None:
         """Raise UserError where the checkpoints that will stand at a time do not fit on the disk."""
-        count = 1 if self.args.save_every < 0 else max(1, self.args.keep_last + 1 - len(saved_steps(self.folder)))
+        most = self.args.keep_last + 2  # the best one, and one that is being written
+        count = 1 if self.args.save_every < 0 else max(1, most - len(saved_steps(self.folder)))
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free_bytes = shutil.disk_usage(existing).free
         if free_bytes < count * checkpoint_bytes:
@@ -283,6 +313,7 @@ class Run:
             if self.final_folder.exists():
                 os.replace(self.final_folder, replaced)
             os.replace(self.folder, self.final_folder)
+            sync_file(self.final_folder.parent)
             shutil.rmtree(replaced, ignore_errors=True)
             self.folder = self.final_folder
 
@@ -307,15 +338,19 @@ def replaced_folder(folder: Path) -> Path:
 
 
 def undo_replacement(folder: Path) -> None:
-    """Put a run back whose replacement died between its two renames, as if it had died a moment earlier."""
+    """Give a run its name back that died between its first checkpoint and the last renaming.
+
+    With an earlier run in between two renames: that one, as if the new one had died a moment earlier.
+    """
     replaced, replacing = replaced_folder(folder), folder.with_name(f".{folder.name}.new")
-    if folder.exists() or not replaced.is_dir() or not saved_steps(replacing):
+    if folder.exists() or not saved_steps(replacing):
         return
+    whole = replaced if replaced.is_dir() else replacing
     with hold(folder):
         try:
-            os.replace(replaced, folder)
+            os.replace(whole, folder)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be put back from {replaced} ({error.strerror}); rename it") from error
+            raise UserError(f"{folder}: cannot be put back from {whole} ({error.strerror}); rename it") from error
 
 
 def clear_remains(folder: Path) -> None:
@@ -327,17 +362,30 @@ def clear_remains(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
-    """Raise UserError where a run is continued with other flags than it was started with; a new horizon is allowed
-    unless the run has finished, and told."""
+def horizon_changes(args: Namespace, first: Mapping[str, Any]) -> str:
+    """How the flags of the horizon differ from those that a run was started with; empty if they do not."""
+    return told_changes(args, [name for name in first if name in HORIZON_FLAGS], first)
+
+
+def told_changes(args: Namespace, names: Iterable[str], first: Mapping[str, Any]) -> str:
+    """`--flag: then -> now` of each that differs."""
     now = vars(args)
-    changed = [name for name in first if name not in FREE_FLAGS and first[name] != now.get(name)]
-    told = ", ".join(f"--{name.replace('_', '-')}: {first[name]} -> {now.get(name)}" for name in changed)
-    if changed and finished:
+    pairs = [(name, first[name], now.get(name)) for name in names if first[name] != now.get(name)]
+    shown = lambda value: "(not given)" if value in (None, "") else value  # noqa: E731
+    return ", ".join(f"--{name.replace('_', '-')}: {shown(then)} -> {shown(new)}" for name, then, new in pairs)
+
+
+def check_flags(args: Namespace, first: Mapping[str, Any], folder: Path, finished: bool) -> None:
+    """Raise UserError where a run is continued with other flags than it was started with; a new horizon is allowed,
+    and told."""
+    told = told_changes(args, [name for name in first if name not in FREE_FLAGS | HORIZON_FLAGS], first)
+    if told and finished:
         raise UserError(f"{folder}: finished with other flags ({told}); use --overwrite or another --model-tag")
-    if set(changed) - HORIZON_FLAGS:
-        raise UserError(f"{folder}: was started with other flags ({told}); give those, or another --model-tag")
-    if changed:
+    if told:
+        raise UserError(
+            f"{folder}: was started with other flags ({told}); give the earlier values, or another --model-tag"
+        )
+    if told := horizon_changes(args, first):
         print0(f"note: the horizon has changed ({told}); the schedule follows the new one")
 
 
