@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import LostRank, UserError, launch_ranks, peak_flops, requested_dtype
+from nanochat.common import LostRank, Stopped, UserError, launch_ranks, peak_flops, requested_dtype
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -188,14 +188,16 @@ def runtime(device_type: str = "") -> Iterator[Runtime]:
         if world_size > 1:
             join_ranks(device)
         yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
+    except Stopped:  # all ranks alike
+        leave_ranks(world_size)
+        raise
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"rank {rank}: {device} is out of memory; lower --device-batch-size") from error
     except (UserError, FloatingPointError, RuntimeError) as error:
         if world_size > 1:
             raise tell_once(error, rank) from error
         raise
-    if world_size > 1:
-        dist.destroy_process_group()  # not on errors: it would wait for ranks that wait for this one
+    leave_ranks(world_size)  # not on errors: it would wait for ranks that wait for this one
 
 
 def join_ranks(device: torch.device) -> None:
@@ -206,6 +208,12 @@ def join_ranks(device: torch.device) -> None:
         "nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if is_cuda else None
     )
     dist.barrier()  # whoever fails from here on finds the others where they can be told
+
+
+def leave_ranks(world_size: int) -> None:
+    """Take the process group down, with all other ranks."""
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 def end_with_launcher() -> None:
