@@ -2,9 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from hub_server import Server
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before torch is imported anywhere
@@ -76,3 +81,31 @@ def tokenizer(base_dir: Path, text: Path) -> None:
     from scripts import tok_train
 
     tok_train.main([f"--data-dir={text}", "--vocab-size=400"])
+
+
+# A hub on this machine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_our_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the tests' own server is asked."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server has: five small shards."""
+    from fetching import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def server(shards: Path) -> "Iterator[Server]":
+    """A hub that serves them."""
+    from hub_server import Server
+
+    with Server(shards) as running:
+        yield running

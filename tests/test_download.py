@@ -4,10 +4,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from fetching import (
     NAMES,
@@ -18,7 +16,6 @@ from fetching import (
     fetch,
     files_in,
     write_shard,
-    write_shards,
 )
 from hub_server import CLIMBMIX, Server
 
@@ -28,22 +25,7 @@ from nanochat.download import KNOWN, Wish, download, tokens_of_depth
 from nanochat.hub import Backoff, Hub, Listing, RemoteShard
 from nanochat.manifest import read_manifest
 
-
-@pytest.fixture(autouse=True)
-def no_user_agent_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the tests' own server is asked."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[Server]:
-    with Server(shards) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("only_our_hub")
 
 
 # What is fetched

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +25,6 @@ from fetching import (
     finish,
     start,
     write_shard,
-    write_shards,
 )
 from hub_server import CLIMBMIX, Fault, Server
 
@@ -37,22 +35,7 @@ from nanochat.download import Wish, download
 from nanochat.hub import Backoff, DiskFull, Hub
 from nanochat.manifest import Manifest, read_manifest
 
-
-@pytest.fixture(autouse=True)
-def no_user_agent_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but the tests' own server is asked."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("shards"))
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[Server]:
-    with Server(shards) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("only_our_hub")
 
 
 # Faults that pass
