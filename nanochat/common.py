@@ -1,4 +1,4 @@
-"""What every room may use: paths, the process environment, rank-0 printing, errors, device peaks.
+"""What every room may use: paths, the process environment, rank-0 printing, errors, records of stages.
 
 This module never imports torch, so that `--help` stays instant. Environment variables are read here (and in
 `parallel.runtime`) and nowhere else.
@@ -338,48 +338,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# Devices ---------------------------------------------------------------------------------------------------------
-
-# Dense bf16 peak, FLOP/s. The first entry whose words are all among the words of the device name wins, so special cases
-# come first. Whole words only: an L40 is no L4, and an RTX A4000 no A40.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("gb200", 2.5e15),
-    ("grace blackwell", 2.5e15),
-    ("b200", 2.25e15),
-    ("b100", 1.8e15),
-    ("h200 nvl", 836e12),
-    ("h200 pcie", 836e12),
-    ("h200", 989e12),
-    ("gh200", 989e12),
-    ("h100 nvl", 835e12),
-    ("h100 pcie", 756e12),
-    ("h100", 989e12),
-    ("h800 nvl", 989e12),
-    ("h800", 756e12),
-    ("a100", 312e12),
-    ("a800", 312e12),
-    ("a40", 149.7e12),
-    ("a30", 165e12),
-    ("l40s", 362e12),
-    ("l40", 181e12),
-    ("l4", 121e12),
-    ("mi355x", 2.5e15),
-    ("mi325x", 1.3074e15),
-    ("mi300a", 980.6e12),
-    ("mi300x", 1.3074e15),
-    ("mi250x", 383e12),
-    ("mi250", 362.1e12),
-    ("5090", 209.5e12),
-    ("4090", 165.2e12),
-    ("3090", 71e12),
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name (vendors' data sheets), or None where unknown: no MFU is reported."""
-    given = set(re.findall("[a-z0-9]+", device_name.lower()))
-    if "laptop" in given:  # same name as the desktop's card, about half its speed
-        return None
-    return next((peak for words, peak in PEAK_FLOPS if given.issuperset(words.split())), None)

@@ -166,18 +166,19 @@ class Wish:
         *train, _ = listing.shards
         count = self.num_train
         if self.chars:
-            count = self._planned(self.chars_per_shard or CHARS_PER_BYTE * sum(s.size for s in train) / len(train))
+            each = self.chars_per_shard or CHARS_PER_BYTE * sum(s.size for s in train) / len(train)
+            count = shards_for(self.chars, each)
         if count is not None:
             more = "text would be read more than once" if self.chars else "all of them are taken"
             short = f"; the data set has {len(train):,}, so {more}" if count > len(train) else ""
             cli.report({"train shards": (f"{count:,}{short}", not self.chars)})
         return tuple(train[:count])
 
-    def _planned(self, chars_per_shard: float) -> int:
-        """Shards that a run reads no more than once: our packer drops no text, so nothing is added for that."""
-        assert self.chars
-        count = math.ceil(self.chars / chars_per_shard)
-        return count + max(PADDING_SHARDS, math.ceil(PADDING * count))
+
+def shards_for(chars: float, chars_per_shard: float) -> int:
+    """Shards that a run reads no more than once: our packer drops no text, so nothing is added for that."""
+    count = math.ceil(chars / chars_per_shard)
+    return count + max(PADDING_SHARDS, math.ceil(PADDING * count))
 
 
 # Download ------------------------------------------------------------------------------------------------------

@@ -98,11 +98,15 @@ class _RankRows:
 
     def __init__(self, batch_size: int, sequence_len: int, rank: int, world_size: int, pad: int) -> None:
         assert batch_size > 0 and sequence_len > 0 and 0 <= rank < world_size
-        self.batch_size = batch_size
         self.capacity = sequence_len + 1
-        self.global_rows = batch_size * world_size
-        self._mine = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._pad = pad
+        self._rank, self._world_size, self._pad = rank, world_size, pad
+        self.resize(batch_size)
+
+    def resize(self, batch_size: int) -> None:
+        """Other rows become this rank's, by the same rule."""
+        self.batch_size = batch_size
+        self.global_rows = batch_size * self._world_size
+        self._mine = slice(self._rank * batch_size, (self._rank + 1) * batch_size)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """This rank's part of a global micro-batch."""
@@ -159,6 +163,10 @@ class PretrainLoader:
 
     def __next__(self) -> Batch:
         return self._rank_rows.batch([self._next_row() for _ in range(self._rank_rows.global_rows)])
+
+    def resize(self, batch_size: int) -> None:
+        """Batches of so many rows from now on; the stream of rows is the same."""
+        self._rank_rows.resize(batch_size)
 
     def state(self) -> dict[str, Any]:
         """Where the current window of rows began, and the place in it; independent of ranks and batch size.
@@ -299,6 +307,10 @@ class ConversationLoader:
         rows = self._epoch_rows[: -(-max_tokens // (self._rank_rows.capacity - 1))]
         for start in range(0, len(rows), self._rank_rows.global_rows):
             yield self._rank_rows.batch(rows[start : start + self._rank_rows.global_rows])
+
+    def resize(self, batch_size: int) -> None:
+        """Batches of so many rows from now on; the stream of rows is the same."""
+        self._rank_rows.resize(batch_size)
 
     def state(self) -> dict[str, Any]:
         """Position; independent of rank, world size and batch size."""

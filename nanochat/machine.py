@@ -61,16 +61,15 @@ def git_commit() -> str | None:
 # What it can do ------------------------------------------------------------------------------------------------
 
 
-def matmul_peak_flops(rt: Runtime, seconds_per_shape: float = 0.3) -> float:
-    """The most FLOP/s of a matrix product in the run's dtype, with the threads in use: the best single run over some
-    shapes."""
+def matmul_peak_flops(rt: Runtime, dtype: torch.dtype, seconds_per_shape: float = 0.3) -> float:
+    """The most FLOP/s of a matrix product with the threads in use: the best single run over some shapes."""
     shapes = CPU_SHAPES if rt.device.type == "cpu" else GPU_SHAPES
-    return max(_best_flops(shape, rt, seconds_per_shape) for shape in shapes)
+    return max(_best_flops(shape, rt, dtype, seconds_per_shape) for shape in shapes)
 
 
-def _best_flops(shape: tuple[int, int, int], rt: Runtime, seconds: float) -> float:
+def _best_flops(shape: tuple[int, int, int], rt: Runtime, dtype: torch.dtype, seconds: float) -> float:
     m, k, n = shape
-    a, b = torch.ones(m, k, device=rt.device, dtype=rt.dtype), torch.ones(k, n, device=rt.device, dtype=rt.dtype)
+    a, b = (torch.ones(size, device=rt.device, dtype=dtype) for size in ((m, k), (k, n)))
     out = a @ b  # touches the memory and wakes the threads
     best_s, runs, ends = float("inf"), 0, time.perf_counter() + seconds
     while runs < AT_LEAST_RUNS or time.perf_counter() < ends:

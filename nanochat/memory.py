@@ -72,3 +72,61 @@ def peak_rss_bytes(of_children: bool = False) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def high_water_bytes() -> int:
+    """The most memory that this process has held since it was started, by the kernel's count for its address space.
+
+    `peak_rss_bytes` may begin with what the parent held: Linux hands that figure on when a program is started.
+    """
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
+
+
+def free_memory_bytes() -> int | None:
+    """What this process may still take: of the machine, of its control group, of its own limit. None where unknown."""
+    found = [_free_of_machine(), _free_of_group(), _free_of_limit()]
+    return min((free for free in found if free is not None), default=None)
+
+
+def _free_of_machine() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return machine_memory_bytes()
+
+
+def machine_memory_bytes() -> int | None:
+    """All of it, used or not."""
+    if {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _free_of_group() -> int | None:
+    """Of a container, by the second version of Linux's control groups."""
+    with suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))  # ValueError: the word "max"
+        return max(0, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    return None
+
+
+THREADS_BYTES = 2**29  # of addresses: each thread's heap takes 64 MiB of them before it holds anything
+
+
+def _free_of_limit() -> int | None:
+    """Of `ulimit -v`, which limits addresses, whether anything lies there or not."""
+    import resource  # not on every platform
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    with suppress(OSError):
+        return max(
+            0, limit - int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        )
+    return limit

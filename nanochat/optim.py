@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.parallel import Runtime
+from nanochat.precision import LossScaler
 from nanochat.sharding import ONE_PROCESS, Bucket, Reduction, joined, stack_buckets
 
 
@@ -55,7 +56,8 @@ class MuonAdamW:
     roles: parameter name -> role; rates: role -> learning rate before the schedule. reduce_dtype: what gradients travel
     between ranks in; None: their own dtype. Every rank holds all weights, but state only for the slices it steps
     (`sharding.Bucket`), and a gradient is summed over ranks as soon as the last backward has made it
-    (`begin_reduction`). With several ranks `step`, `state_dict` and `load_state_dict` must be called on all.
+    (`begin_reduction`). Gradients are to be those of the loss times `loss_scale`, 1 unless the runtime computes in
+    float16. With several ranks `step`, `state_dict` and `load_state_dict` must be called on all.
     """
 
     def __init__(
@@ -83,22 +85,37 @@ class MuonAdamW:
         buckets = [adam.bucket for adam in self.adam.values()]
         buckets += [bucket for group in self.muon for bucket in group.buckets]
         self._reduction = Reduction(buckets, rt, reduce_dtype)
+        self.is_stepping = False  # still True where a step has failed: some weights are new, others not
+        self.loss_scaler = LossScaler() if rt.dtype == torch.float16 else None
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is to be multiplied by before the backward; the same for all passes and ranks of a step."""
+        return self.loss_scaler.scale if self.loss_scaler else 1.0
 
     def begin_reduction(self) -> None:
         """Say that the next backward is the step's last, so that gradients are summed over ranks while it goes on."""
         self._reduction.begin()
 
-    def step(self, lr: float, momentum: float, weight_decay: float) -> None:
-        """Update every parameter that has a gradient.
+    def step(self, lr: float, momentum: float, weight_decay: float) -> bool:
+        """Update every parameter that has a gradient, and return True; False where they overflowed: nothing is updated.
 
         lr: factor on every role's rate. momentum, weight_decay: Muon's, as scheduled; AdamW roles have their own.
         """
         self._reduction.complete()
+        if self.loss_scaler is not None:
+            is_finite = self._reduction.unscale(self.loss_scale)
+            self.loss_scaler.update(overflowed=not is_finite)
+            if not is_finite:
+                return False
+        self.is_stepping = True
         for adam in self.adam.values():
             adam.step(lr)
         for group in self.muon:
             group.step(lr, momentum, weight_decay)
         self._reduction.finish()
+        self.is_stepping = False
+        return True
 
     def zero_grad(self) -> None:
         """Drop all gradients, also those that are on their way."""
@@ -107,11 +124,16 @@ class MuonAdamW:
             parameter.grad = None
 
     @property
-    def state_bytes(self) -> int:
-        """Of the whole state, over all ranks, as this rank's share lets expect."""
+    def own_state_bytes(self) -> int:
+        """Of this rank's share of the state."""
         states = [adam.state for adam in self.adam.values()] + [group.state for group in self.muon]
         own = [tensor for state in states for tensor in state.values()]
-        return self._rt.world_size * sum(tensor.numel() * tensor.element_size() for tensor in own)
+        return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the whole state, over all ranks, as this rank's share lets expect."""
+        return self._rt.world_size * self.own_state_bytes
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as named tensors, `<parameter>.<what>`, whatever the number of ranks; empty but on rank 0."""
@@ -120,7 +142,7 @@ class MuonAdamW:
             whole |= {f"{name}.{what}": tensor for what, tensor in adam.whole_state().items()}
         for group in self.muon:
             whole |= group.whole_state()
-        return whole
+        return whole | self.loss_scaler.state() if self.loss_scaler and self._rt.is_main else whole
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Take over the state of an optimizer of the same parameters, saved on any number of ranks.
@@ -129,7 +151,8 @@ class MuonAdamW:
         """
         names = {f"{name}.{what}" for name, adam in self.adam.items() for what in adam.state}
         names |= {f"{name}.{what}" for group in self.muon for name in group.names for what in group.state}
-        if differing := sorted(saved.keys() ^ names):
+        scaling = set(saved) & LossScaler().state().keys()  # where the run was in float16 when it was saved
+        if differing := sorted((set(saved) - scaling) ^ names):
             raise UserError(
                 f"the saved optimizer state is not this model's ({', '.join(differing[:3])}, ...): an earlier version "
                 "saved it; finish that run with the version that began it, or start anew with --overwrite"
@@ -138,6 +161,8 @@ class MuonAdamW:
             adam.load({what: saved[f"{name}.{what}"] for what in adam.state})
         for group in self.muon:
             group.load(saved)
+        if self.loss_scaler is not None:
+            self.loss_scaler.load({name: saved[name] for name in scaling})
 
 
 class AdamParameter:

@@ -10,7 +10,6 @@ W ranks never train W different models by mistake.
 import ctypes
 import hashlib
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,16 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import LostRank, Stopped, UserError, launch_ranks, peak_flops, requested_dtype
+from nanochat.common import LostRank, Stopped, UserError, launch_ranks, print0
+from nanochat.hardware import expected_flops, peak_flops
+from nanochat.precision import DTYPES, choose_dtype, synchronize
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,  # for tests: exact enough to compare two orders of summation
-}
 
 
 def reduce_dtype(name: str) -> torch.dtype | None:
@@ -77,46 +71,40 @@ class Runtime:
     @property
     def peak_flops(self) -> float | None:
         """Dense bf16 FLOP/s of one device, or None where unknown."""
-        return peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return peak_flops(device_name(self.device))
 
     @property
     def orthogonalize_dtype(self) -> torch.dtype | None:
         """What Muon's iterations compute in: bfloat16 where the model does, else the parameter's own dtype."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else None
 
-    def check_can_train(self) -> None:
-        """Raise UserError for a compute dtype that can only run a model."""
-        if self.dtype == torch.float16:
-            raise UserError("NANOCHAT_DTYPE=float16: gradients would underflow; train in bfloat16 or float32")
-
     @property
     def expected_flops(self) -> float:
         """A guess at the training FLOP/s of all ranks, for plans that are made before anything was timed."""
-        return self.world_size * (0.4 * self.peak_flops if self.peak_flops else 5e10)
+        return self.world_size * expected_flops(self.peak_flops)
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
-        return f"{name}, {str(self.dtype).removeprefix('torch.')}{ranks}"
+        return f"{device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}{ranks}"
 
-    def compile(self, function: Function, mode: str = "auto", backend: str = "inductor") -> Function:
+    def compile(
+        self, function: Function, mode: str = "auto", backend: "str | Callable[..., Any]" = "inductor"
+    ) -> Function:
         """`function` through torch.compile. mode: on, off, or auto: on GPUs, where it always pays.
 
-        On a CPU compilation takes a minute and needs a C++ compiler; without one this is a UserError. With several
+        On a CPU compilation takes a minute. Where it fails the function runs as it is, after one warning. With several
         ranks the graph is cut where a bucket of parameters ends, as PyTorch's DDP has it: of one uncut graph all
         gradients come at once, at the end of the backward, and none could travel meanwhile.
         """
         if mode == "off" or (mode == "auto" and self.device.type == "cpu"):
             return function
-        if self.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-            raise UserError("--compile=on: needs a C++ compiler (g++ or clang++) on a CPU; install one or leave it off")
-        if self.world_size == 1:
-            return cast(Function, torch.compile(function, dynamic=False, backend=backend))
-        from torch._dynamo.backends.distributed import DDPOptimizer  # imports the compiler
-        from torch._dynamo.backends.registry import lookup_backend
+        if self.world_size > 1:
+            from torch._dynamo.backends.distributed import DDPOptimizer  # imports the compiler
+            from torch._dynamo.backends.registry import lookup_backend
 
-        cut = DDPOptimizer(BUCKET_BYTES, lookup_backend(backend), first_bucket_cap=min(BUCKET_BYTES, 2**20))
-        return cast(Function, torch.compile(function, dynamic=False, backend=cut.compile_fn))
+            cut = DDPOptimizer(BUCKET_BYTES, lookup_backend(backend), first_bucket_cap=min(BUCKET_BYTES, 2**20))
+            backend = cut.compile_fn
+        return cast(Function, Compiled(function, torch.compile(function, dynamic=False, backend=backend)))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over ranks, in place."""
@@ -163,30 +151,65 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked, so that clocks tell the truth."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        synchronize(self.device)
+
+
+class Compiled:
+    """A function that is compiled when it is first called, or runs as it is where that fails.
+
+    An error of the function itself is no such failure: it comes up again where the function runs as it is.
+    """
+
+    def __init__(self, function: Callable[..., Any], compiled: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: Callable[..., Any] | None = compiled
+
+    def __call__(self, *args: Any) -> Any:
+        if self._compiled is None:
+            return self._function(*args)
+        from torch._dynamo.exc import TorchDynamoException  # imports the compiler
+        from torch._functorch import config
+
+        try:
+            # The backward as well: it would fail in the middle of a step otherwise, when nothing can be taken back.
+            at_once = {name: True for name in ("force_non_lazy_backward_lowering",) if hasattr(config, name)}
+            with config.patch(at_once):
+                return self._compiled(*args)
+        except TorchDynamoException as error:
+            self._compiled = None
+            result = self._function(*args)
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO")[0].split())
+            print0(
+                f"warning: torch.compile failed ({type(error).__name__}: {reason:.300}); the run goes on without it, "
+                "up to 1.6 times slower and with up to twice the memory; --compile=off asks for just that"
+            )
+            return result
 
 
 @contextmanager
-def runtime(device_type: str = "") -> Iterator[Runtime]:
+def runtime(device_type: str = "", in_batches: bool = False) -> Iterator[Runtime]:
     """Set the process up, and take the process group down again at the end.
 
-    device_type: cuda, mps, xpu or cpu; empty picks the best there is. The compute dtype is `$NANOCHAT_DTYPE`, else
-    bfloat16 on GPUs that have it in hardware, else float32. Raises UserError for what this machine does not have.
+    device_type: cuda, mps, xpu or cpu; empty picks the best there is. The compute dtype is `$NANOCHAT_DTYPE`, else what
+    the device is fast at (`precision.choose_dtype`). Raises UserError for what this machine does not have.
     """
     rank, world_size, local_rank = launch_ranks()
     device = find_device(device_type, local_rank)
     if world_size > 1 and device.type not in ("cuda", "cpu"):
         raise UserError(f"--device-type={device.type}: several ranks work on cuda and cpu only; start one process")
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs for rank {local_rank}")
-    dtype = choose_dtype(device)
+    if device.type == "cuda" and local_rank >= torch.accelerator.device_count():
+        raise UserError(
+            f"--nproc_per_node: there are only {torch.accelerator.device_count()} GPUs for rank {local_rank}"
+        )
+    dtype = choose_dtype(device, in_batches)
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     try:
         if world_size > 1:
             join_ranks(device)
+            dtype = agreed_dtype(dtype, device)
         yield Runtime(device, dtype, rank, world_size, Mesh(dp=world_size))
     except Stopped:  # all ranks alike
         leave_ranks(world_size)
@@ -208,6 +231,14 @@ def join_ranks(device: torch.device) -> None:
         "nccl" if is_cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if is_cuda else None
     )
     dist.barrier()  # whoever fails from here on finds the others where they can be told
+
+
+def agreed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """One dtype for all ranks: their probes may differ, and float32 suits everybody."""
+    order = list(DTYPES.values())
+    first = torch.tensor(order.index(dtype), device=device)
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    return order[int(first)]
 
 
 def leave_ranks(world_size: int) -> None:
@@ -247,25 +278,19 @@ def tell_once(error: Exception, rank: int) -> Exception:
 
 def find_device(device_type: str, local_rank: int) -> torch.device:
     """The device asked for, or the best one present."""
-    present = [kind for kind in ("cuda", "xpu", "mps") if is_present(kind)] + ["cpu"]
+    present = [*filter(None, [accelerator_type()]), "cpu"]
     kind = device_type or present[0]
     if kind not in present:
         raise UserError(f"--device-type={kind}: not present here; this machine has {', '.join(present)}")
     return torch.device(kind, local_rank) if kind in ("cuda", "xpu") else torch.device(kind)
 
 
-def is_present(kind: str) -> bool:
-    if kind == "mps":
-        return torch.backends.mps.is_available()
-    return bool(getattr(torch, kind).is_available())
+def accelerator_type() -> str | None:
+    """The kind of accelerator that this torch was built for, if one is there and we know it."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found.type if found is not None and found.type in ("cuda", "xpu", "mps") else None
 
 
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """Compute dtype: the environment's wish, else what the device is fast at."""
-    wish = requested_dtype()
-    if wish is not None:
-        if wish not in DTYPES:
-            raise UserError(f"NANOCHAT_DTYPE={wish}: choose one of {', '.join(DTYPES)}")
-        return DTYPES[wish]
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if has_bf16 else torch.float32
+def device_name(device: torch.device) -> str:
+    """The model's name where the driver tells it, else the kind."""
+    return str(getattr(torch, device.type).get_device_name(device)) if device.type in ("cuda", "xpu") else device.type

@@ -27,7 +27,7 @@ BATCH_EXPONENT = 0.383  # B ~ D^0.383, arXiv 2505.13738
 BASE_WEIGHT_DECAY = 0.28  # Muon, at depth 12
 MAX_WEIGHT_DECAY = 2.0  # about the reference's depth 4 (1.89), the strongest decay anybody has tuned
 MAX_VOCAB_SIZE = 2**15
-MIN_STEPS = 200  # a horizon too short for the power law is cut into this many steps: 13 big ones learn next to nothing
+MIN_STEPS = 400  # a horizon too short for the power law is cut into this many steps: 13 big ones learn next to nothing
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,11 @@ class Laws:
     """One consistent set of choices.
 
     scale_vocab: vocabulary grows with depth. follow_horizon: batch and decay use the real number of tokens.
-    fit_short_runs: warm-ups are at most a fraction of the run. small_batch_exponent: learning rates go with this power
-    of the batch below the reference's; 0.5 costs 0.27 bits per byte at 4,096 tokens, where depths 2 and 4 want 8 times
-    the rates it gives (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`.
-    sft_weight_decay: Muon's in fine-tuning; without it the matrices grew to four times their size in 3,000 steps.
+    fit_short_runs: warm-ups are at most a fraction of the run. flat_lr_tokens: learning rates are the same for all
+    batches from this one up to the reference's; the square root all the way costs 0.27 bits per byte at 4,096 tokens
+    (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`. sft_batch_exponent: in fine-tuning, rates
+    go with this power of a batch below the reference's. sft_weight_decay: Muon's in fine-tuning; without it the
+    matrices grew to four times their size in 3,000 steps.
     backout_min_depth: shallower models do without backout. At depth 2 the middle layer is the last: what is taken out
     is the state itself, its share drifts past 1, and the state flips its sign (the loss jumped from 5.9 to 12).
     """
@@ -46,15 +47,20 @@ class Laws:
     scale_vocab: bool
     follow_horizon: bool
     fit_short_runs: bool
-    small_batch_exponent: float
+    flat_lr_tokens: int
     key_offset: bool
+    sft_batch_exponent: float
     sft_weight_decay: float
     backout_min_depth: int
 
     def lr_scale(self, batch_tokens: int) -> float:
-        """Factor on all learning rates: the square root of the batch above the reference's."""
+        """Factor on all learning rates: the square root of the batch outside of the flat part."""
+        return max(batch_tokens / REFERENCE_BATCH_TOKENS, min(1.0, batch_tokens / self.flat_lr_tokens)) ** 0.5
+
+    def sft_lr_scale(self, batch_tokens: int) -> float:
+        """The same in fine-tuning."""
         ratio = batch_tokens / REFERENCE_BATCH_TOKENS
-        return ratio ** (0.5 if ratio >= 1 else self.small_batch_exponent)
+        return ratio ** (0.5 if ratio >= 1 else self.sft_batch_exponent)
 
 
 LAWS = {
@@ -62,8 +68,9 @@ LAWS = {
         scale_vocab=True,
         follow_horizon=True,
         fit_short_runs=True,
-        small_batch_exponent=0.1,
+        flat_lr_tokens=2**11,
         key_offset=True,
+        sft_batch_exponent=0.1,
         sft_weight_decay=1.0,
         backout_min_depth=3,
     ),
@@ -71,8 +78,9 @@ LAWS = {
         scale_vocab=False,
         follow_horizon=False,
         fit_short_runs=False,
-        small_batch_exponent=0.5,
+        flat_lr_tokens=REFERENCE_BATCH_TOKENS,
         key_offset=False,
+        sft_batch_exponent=0.5,
         sft_weight_decay=0.0,
         backout_min_depth=0,
     ),
@@ -345,7 +353,7 @@ def sft_plan(num_steps: int, total_batch_tokens: int, width: int, laws: str = "n
     return TrainingPlan(
         num_steps=num_steps,
         total_batch_tokens=total_batch_tokens,
-        lr_scale=LAWS[laws].lr_scale(total_batch_tokens),
+        lr_scale=LAWS[laws].sft_lr_scale(total_batch_tokens),
         width_scale=(width / REFERENCE_WIDTH) ** -0.5,
         weight_decay=LAWS[laws].sft_weight_decay,
         schedule=SFT_SCHEDULE,

@@ -80,6 +80,18 @@ class Bucket:
         self._gradient = whole.new_empty(self._share, *self.slice_shape)
         self._work = self.rt.reduce_scatter(self._gradient, whole)
 
+    def unscale(self, scale: float) -> Tensor | None:
+        """Divide this rank's part of the summed gradient by the loss scale, in fp32 or better.
+
+        Returns whether all of it is finite, a scalar; None if no parameter had a gradient.
+        """
+        self._wait()
+        if self._gradient is None:
+            return None
+        exact = torch.promote_types(self.parameters[0].dtype, torch.float32)
+        self._gradient = self._gradient.to(exact).div_(scale)
+        return self._gradient.isfinite().all()
+
     def own_gradient(self, dtype: torch.dtype) -> Tensor | None:
         """(num_own, ...): the sum over ranks, once it is there; None if no parameter had a gradient."""
         self._wait()
@@ -181,6 +193,12 @@ class Reduction:
         self._is_last = False
         if self._order is None and len(self._arrived) > 0:
             self._order = self._agree(self._arrived)
+
+    def unscale(self, scale: float) -> bool:
+        """Divide all sums by the loss scale. Whether they are finite, every one on every rank."""
+        finite = [told for bucket in self.buckets if (told := bucket.unscale(scale)) is not None]
+        overflowed = bool(finite) and not bool(torch.stack(finite).all())
+        return self.rt.max_number(float(overflowed)) == 0.0
 
     def finish(self) -> None:
         """Put what the owners have published in place."""

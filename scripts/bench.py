@@ -4,23 +4,25 @@
     python -m scripts.bench --only=loader --data-dir=FOLDER
     python -m scripts.bench --only=tokenizer --data-dir=stdlib --vocab-size=4096
     python -m scripts.bench --only=decode --depth=6
-    python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --seeds=3
+    python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --json
+    python -m scripts.bench --only=memory
 
 train        optimizer steps on random tokens: tokens/s, FLOP/s, share of the machine's matmul peak
 loader       packed batches from text, whole windows: tokens/s, share of places with real tokens, share of tokens kept,
              share of an optimizer step that waits for its batch, drawn by the step or prefetched
 tokenizer    training and encoding in MB/s, decoding in tokens/s, bytes per token of the validation text
 decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt
-time-to-bpb  scripts.base_train for --budget seconds in a fresh base folder, once per seed: bits per byte over time
+time-to-bpb  scripts.base_train for --budget seconds, start-up and compilation included, in a fresh base folder, once
+             per seed: bits per byte over time, and of the end in three ways (nanochat/evals/time_to_bpb.py)
+memory       one step on the CPU of several shapes, each in a process of its own: bytes of tensors and resident bytes,
+             foretold (nanochat/forecast.py) and measured
 
 core and serve are not there yet. Rates are the median, the smallest and the largest of --repeats. The peak is measured
-before and after, in the dtype that training computes in: where the two differ, other programs had the processor too,
-and only ratios within one run compare.
+before and after, in float32 and in the dtype that training computes in: where before and after differ, other programs
+had the processor too, and only ratios within one run compare.
 """
 
 import shlex
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -31,17 +33,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat import cli, scaling
-from nanochat.common import UserError, prepare_process, print0, read_record, to_json
+from nanochat.common import UserError, prepare_process, print0, to_json
 from nanochat.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from nanochat.config import ModelConfig
     from nanochat.parallel import Runtime
 
-MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb")
+MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb", "memory")
+DIALLED = MODES[:5]  # by --depth; memory has shapes of its own
 DECODE_BATCHES = (1, 4, 16)
 ENCODE_THREADS = (1, 2)
-CURVE = ("step", "tokens", "train_s", "elapsed_s", "loss", "val_bpb")  # of a metrics record
 
 
 def mode(text: str) -> str:
@@ -75,8 +77,8 @@ class Flag:
 SIZED, TEXT = ("train", "loader", "decode", "time-to-bpb"), ("loader", "tokenizer", "time-to-bpb")
 REPEATED = MODES[:4]
 FLAGS = {
-    "depth": Flag(cli.depth, 4, "layers", MODES),
-    "vocab_size": Flag(cli.vocabulary_size, None, "ids; else derived from --depth", MODES),
+    "depth": Flag(cli.depth, None, "layers; else 4, for time-to-bpb 2", DIALLED),
+    "vocab_size": Flag(cli.vocabulary_size, None, "ids; else derived from --depth, for time-to-bpb 4096", DIALLED),
     "max_seq_len": Flag(cli.sequence_length, 512, "context in tokens", SIZED),
     "aspect_ratio": Flag(cli.positive_int, scaling.ASPECT_RATIO, "width per layer", SIZED),
     "head_dim": Flag(cli.head_dim, scaling.HEAD_DIM, "width per attention head", SIZED),
@@ -88,8 +90,9 @@ FLAGS = {
     "prompt_tokens": Flag(cli.positive_int, 32, "tokens of the prompts that are continued", ("decode",)),
     "new_tokens": Flag(cli.number_between(2, 10**6, whole=True), 64, "tokens to decode per prompt", ("decode",)),
     "long_prompt_tokens": Flag(cli.positive_int, 512, "tokens of the prompt whose first answer is timed", ("decode",)),
-    "budget": Flag(cli.positive_float, 300.0, "seconds of training time", ("time-to-bpb",)),
-    "seeds": Flag(cli.positive_int, 1, "runs, with the seeds --seed, --seed + 1, ...", ("time-to-bpb",)),
+    "budget": Flag(cli.positive_float, 300.0, "seconds of start-up and training", ("time-to-bpb",)),
+    "at_gflops": Flag(cli.positive_float, None, "float32 matmul peak at which --budget is meant", ("time-to-bpb",)),
+    "seeds": Flag(cli.positive_int, 3, "runs, with the seeds --seed, --seed + 1, ...", ("time-to-bpb",)),
     "eval_every": Flag(cli.positive_int, 50, "steps between evaluations", ("time-to-bpb",)),
     "eval_tokens": Flag(cli.positive_int, 2**17, "validation tokens per evaluation", ("time-to-bpb",)),
     "train_flags": Flag(words, [], "more flags of scripts.base_train, as one text", ("time-to-bpb",)),
@@ -102,10 +105,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.flag("--only", mode, None, "what to measure")
     for name, flag in FLAGS.items():
         default = "" if flag.default in (None, "", []) else f"; default {flag.default}"
-        readers = "" if flag.modes == MODES else f" ({', '.join(flag.modes)}{default})"
+        readers = "" if flag.modes == DIALLED else f" ({', '.join(flag.modes)}{default})"
         parser.flag(_spelled(name), flag.kind, None, flag.help + (readers or f" ({default[2:]})" * bool(default)))
     parser.flag("--peak-seconds", cli.non_negative_float, 0.3, "time for each shape of the matmul peak")
     cli.add_device_flags(parser)
+    cli.add_precision_flags(parser)
+    parser.switch("--json", "the last line is one JSON object, as it is without this")
+    parser.check(lambda args: "--fp8: only with --only=train" if args.fp8 and args.only != "train" else None)
     parser.check(lambda args: None if args.only else f"--only: needed; choose one of {', '.join(MODES)}")
     for name, flag in FLAGS.items():
         parser.check(lambda args, name=name, flag=flag: _unread(args, name, flag))
@@ -115,7 +121,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
             delattr(args, name)
         elif getattr(args, name) is None:
             setattr(args, name, flag.default)
-    args.vocab_size = args.vocab_size or scaling.vocab_size_for(args.depth)
+    if args.only in DIALLED:
+        is_timed = args.only == "time-to-bpb"
+        args.depth = args.depth or (2 if is_timed else 4)
+        args.vocab_size = args.vocab_size or (4096 if is_timed else scaling.vocab_size_for(args.depth))
     return args
 
 
@@ -143,26 +152,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tokenizer": bench_tokenizer,
         "decode": bench_decode,
         "time-to-bpb": bench_time_to_bpb,
+        "memory": bench_memory,
     }[args.only]
-    with runtime(args.device_type) as rt:
+    with runtime(args.device_type, in_batches=args.only != "decode") as rt:
         if rt.world_size > 1:
             raise UserError(f"{rt.world_size} ranks: scripts.bench measures one process; start it without torchrun")
 
         dtype = str(rt.dtype).removeprefix("torch.")
 
-        def peak_gflops(when: str) -> float:
-            peak = matmul_peak_flops(rt, args.peak_seconds) / 1e9
-            print0(f"matmul peak {when}: {peak:,.1f} GFLOP/s, {dtype}, {torch.get_num_threads()} threads")
-            return peak
+        def peak_gflops(when: str) -> dict[str, float]:
+            dtypes = {"float32": torch.float32, dtype: rt.dtype}
+            peaks = {name: matmul_peak_flops(rt, kind, args.peak_seconds) / 1e9 for name, kind in dtypes.items()}
+            told = ", ".join(f"{peak:,.1f} GFLOP/s in {name}" for name, peak in peaks.items())
+            print0(f"matmul peak {when}: {told}, {torch.get_num_threads()} threads")
+            return peaks
 
         peak = {"before": peak_gflops("before")}
+        if args.only == "time-to-bpb" and args.at_gflops:
+            args.budget *= args.at_gflops / peak["before"]["float32"]
         began, cpu_began = time.perf_counter(), cpu_seconds()
         figures = measure(args, rt)
         clocks = {"wall_s": time.perf_counter() - began, "cpu_s": cpu_seconds() - cpu_began}
         peak["after"] = peak_gflops("after")
         if "flops_per_s" in figures:
-            best = 1e9 * max(peak.values())
+            best = 1e9 * max(peaks[dtype] for peaks in peak.values())
             figures["matmul_peak_share"] = {name: rate / best for name, rate in figures["flops_per_s"].items()}
+            if rt.peak_flops:  # the data sheet's
+                figures["mfu"] = {name: rate / rt.peak_flops for name, rate in figures["flops_per_s"].items()}
         result = {
             "bench": args.only,
             "figures": figures,
@@ -194,10 +210,13 @@ def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     import torch
 
     from nanochat.evals.speed import optimizer_step
+    from nanochat.kernels.fp8 import find_recipe
     from nanochat.loader import Batch
     from nanochat.machine import spread, timed
 
     model, step = optimizer_step(model_config(args), rt, args.seed, args.compile)
+    if args.fp8:
+        model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
     rng = torch.Generator().manual_seed(args.seed)
     shape = (args.device_batch_size, model.config.sequence_len + 1)
     ids = torch.randint(model.config.vocab_size, shape, generator=rng)
@@ -212,6 +231,7 @@ def bench_train(args: Namespace, rt: "Runtime") -> dict[str, Any]:
         "tokens_per_step": tokens,
         "step_s": spread(seconds),
         "first_step_s": first_s,
+        "peak_device_bytes": torch.cuda.max_memory_allocated(rt.device) if rt.device.type == "cuda" else None,
     }
 
 
@@ -282,8 +302,8 @@ def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """Learning the vocabulary from the train side; encoding and decoding the validation side."""
     from nanochat.dataset import open_corpus
-    from nanochat.machine import spread, timed
-    from nanochat.tokenizer import Tokenizer, replace_surrogates
+    from nanochat.evals.speed import tokenizer_speed
+    from nanochat.tokenizer import replace_surrogates
 
     corpus = open_corpus(cli.data_folder(args))
     print0(f"data: {corpus.describe()}")
@@ -291,26 +311,7 @@ def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
         [replace_surrogates(text) for text in beginning(split.documents(), args.max_chars)]
         for split in (corpus.train, corpus.val)
     )
-    train_mb, val_mb = (sum(len(text.encode()) for text in texts) / 1e6 for texts in (train, val))
-    trained: list[Tokenizer] = []
-    train_s = timed("training", lambda: trained.append(Tokenizer.train(train, args.vocab_size)), args.repeats)[1:]
-    tokenizer = trained[-1]
-    encode_mb_per_s = {}
-    for threads in ENCODE_THREADS:
-        name, encode = f"encoding, {threads} threads", lambda n=threads: tokenizer.encode_batch(val, num_threads=n)
-        encode_mb_per_s[str(threads)] = spread([val_mb / s for s in timed(name, encode, args.repeats)[1:]])
-    ids = tokenizer.encode_batch(val)
-    num_tokens = sum(map(len, ids))
-    decode_s = timed("decoding", lambda: [tokenizer.decode(document) for document in ids], args.repeats)[1:]
-    return {
-        "train_mb_per_s": spread([train_mb / s for s in train_s]),
-        "encode_mb_per_s": encode_mb_per_s,
-        "decode_tokens_per_s": spread([num_tokens / s for s in decode_s]),
-        "bytes_per_token": val_mb * 1e6 / num_tokens,
-        "train_mb": train_mb,
-        "val_mb": val_mb,
-        "round_trip": [tokenizer.decode(document) for document in ids] == val,
-    }
+    return tokenizer_speed(train, val, args.vocab_size, args.repeats, ENCODE_THREADS)
 
 
 # Decoding ------------------------------------------------------------------------------------------------------
@@ -353,46 +354,31 @@ def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     }
 
 
+# Memory ----------------------------------------------------------------------------------------------------------
+
+
+def bench_memory(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """What a step holds on the CPU, and what the forecast says of it."""
+    from nanochat.evals.memory import compare
+
+    return {"shapes": compare()}
+
+
 # Time to bits per byte -----------------------------------------------------------------------------------------
 
 
 def bench_time_to_bpb(args: Namespace, rt: "Runtime") -> dict[str, Any]:
-    """The recipes as a user starts them, each run a process of its own, in a base folder that is removed again."""
-    from nanochat.machine import spread
+    """In a base folder that is removed again."""
+    from nanochat.evals.time_to_bpb import Recipes, time_to_bpb
 
-    data = [f"--data-dir={cli.data_folder(args)}", *(["--offline"] if args.offline else [])]
-    with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as name:
-        base = Path(name)
-        tokenizer_s = run_recipe(base, "tok_train", *data, f"--vocab-size={args.vocab_size}")
-        runs = [train_once(base, args, seed, data) for seed in range(args.seed, args.seed + args.seeds)]
-    return {"val_bpb": spread([run["val_bpb"] for run in runs]), "tok_train_s": tokenizer_s, "runs": runs}
-
-
-def train_once(base: Path, args: Namespace, seed: int, data: list[str]) -> dict[str, Any]:
-    """One seed: what its stage record and its metrics say."""
-    from nanochat.train.metrics import read_metrics
-
-    flags = [*data, f"--seed={seed}", f"--model-tag=seed{seed}", f"--time-budget={args.budget}"]
-    same = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "eval_every", "eval_tokens", "device_type")
-    flags += [f"{_spelled(name)}={getattr(args, name)}" for name in same]
-    wall_s = run_recipe(base, "base_train", *flags, *args.train_flags)
-    record = read_record(base / "report" / "stages" / "base_train.json")
-    evaluated = [metrics for metrics in read_metrics(base / record["metrics"]) if "val_bpb" in metrics]
-    kept = ("val_bpb", "steps", "tokens", "train_s", "tokens_per_s", "peak_rss_bytes")
-    curve = [{key: metrics[key] for key in CURVE if key in metrics} for metrics in evaluated]
-    return {"seed": seed, **{key: record[key] for key in kept}, "wall_s": wall_s, "over_time": curve}
-
-
-def run_recipe(base: Path, name: str, *flags: str) -> float:
-    """Run scripts.<name> with `base` as its base folder; its output is shown. Returns its seconds, start included."""
-    print0(f"scripts.{name} {shlex.join(flags)}")
-    began = time.perf_counter()
-    # `env` sets the folder: recipes read the environment nowhere but in common.py, and this one changes none
-    command = ["env", f"NANOCHAT_BASE_DIR={base}", sys.executable, "-m", f"scripts.{name}", *flags]
-    code = subprocess.run(command).returncode
-    if code:
-        raise UserError(f"scripts.{name}: left with code {code}; its own message above says why")
-    return time.perf_counter() - began
+    data = (f"--data-dir={cli.data_folder(args)}", *(["--offline"] if args.offline else []))
+    same = ("depth", "max_seq_len", "aspect_ratio", "head_dim", "eval_every")
+    flags = [f"--time-budget={args.budget}", *(f"{_spelled(name)}={getattr(args, name)}" for name in same)]
+    seeds = range(args.seed, args.seed + args.seeds)
+    with tempfile.TemporaryDirectory(prefix="nanochat_bench_") as base:
+        recipes = Recipes(Path(base), data)
+        all_flags = [*flags, *args.train_flags]
+        return time_to_bpb(recipes, seeds, args.vocab_size, all_flags, args.eval_tokens, args.device_type)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ generated abilities have a validation side of their own.
 Writes checkpoints to <base>/checkpoints/sft/<model tag>/.
 """
 
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -25,9 +26,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.flag("--base-tag", cli.folder_name, "", "base model to start from; empty: the deepest, then the newest")
     parser.flag("--base-step", cli.non_negative_int, None, "its step; else the newest")
     parser.flag("--num-epochs", cli.positive_float, None, "passes over the conversations; else one")
-    parser.flag("--time-budget", cli.positive_float, None, "seconds of training time, instead of epochs or steps")
+    parser.flag("--time-budget", cli.positive_float, None, "seconds of start-up and training, instead of epochs")
     cli.add_plan_flags(parser, eval_every=200, save_every=200)
     cli.add_run_flags(parser)
+    cli.add_precision_flags(parser)
     parser.check(
         lambda args: None if args.data else "--data: not given; name a jsonl file of conversations, a folder, abilities"
     )
@@ -41,33 +43,33 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    began = time.perf_counter()
     args = parse_args(argv)
     prepare_process(args.offline)
     from nanochat.checkpoint import find_checkpoint
     from nanochat.evals.bpb import evaluate_bpb
+    from nanochat.kernels.fp8 import find_recipe
     from nanochat.loader import ConversationLoader
     from nanochat.optim import MuonAdamW
     from nanochat.parallel import reduce_dtype, runtime
-    from nanochat.prefetch import Prefetcher
-    from nanochat.scaling import BaseRates, MicroBatch, device_batch_rows, sft_plan
+    from nanochat.scaling import BaseRates, MicroBatch, sft_plan
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
+    from nanochat.train.passes import Passes, rows_that_fit
     from nanochat.train.run import Run
-    from nanochat.train.step import train_step
     from tasks.common import training_conversations
 
     train_set, val_set = training_conversations(args.data, args.num_generated or cli.NUM_GENERATED)
     base = find_checkpoint("base", args.base_tag, args.base_step, prefix="base")
     config, tokenizer, inherited = base.config, base.tokenizer(), base.meta["plan"]
-    with runtime(args.device_type) as rt, record_stage("chat_sft") as record:
-        rt.check_can_train()
+    with runtime(args.device_type, in_batches=True) as rt, record_stage("chat_sft") as record:
         run = Run.open("sft", cli.run_tag(args, base.folder.parent.name), args, rt)
         micro_batch = MicroBatch(config.sequence_len, rt.world_size, args.device_batch_size or 1)
         begun_batch = run.saved_plan.get("total_batch_tokens")
         batch_tokens = begun_batch or args.total_batch_size or micro_batch.nearest(inherited["total_batch_tokens"])
         micro_batch.check(batch_tokens, is_given=not begun_batch)
         rows_per_step = batch_tokens // (config.sequence_len * rt.world_size)
-        rows = args.device_batch_size or device_batch_rows(rows_per_step, at_most=cli.DEVICE_BATCH_SIZE)
+        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, args.compile, args.fp8)
         loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         run.check_inputs({"base model": base.fingerprint, "set of conversations": loader.fingerprint})
         if run.is_finished:
@@ -81,13 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.time_budget is None:
             run.check_horizon(num_steps)
         model = base.build_model(rt.device, rt.dtype)
+        if args.fp8:
+            model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(
             dict(model.named_parameters()), model.parameter_roles(), rates, rt, reduce_dtype(args.reduce_dtype)
         )
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
-        batches = Prefetcher(loader, rt.device, ahead=4 + rows_per_step // rows)
+        passes = Passes(loader, rt, rows, rows_per_step, config.sequence_len, args.device_batch_size is not None)
         loss_fn = rt.compile(model.loss, args.compile)
         steps = f"{num_steps:,}" if args.time_budget is None else f"as many as {args.time_budget:g} s allow"
         cli.report(
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "base model": (str(base.folder), bool(args.base_tag)),
                 "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
                 "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{rows} rows, passes: {rows_per_step // rows}", args.device_batch_size is not None),
+                "device batch": (f"{rows} rows, passes: {passes.count}", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "device": (rt.describe(), bool(args.device_type)),
             }
@@ -111,30 +115,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokens_per_step=batch_tokens,
             flops_per_token=model.flops_per_token(),
             time_budget_s=args.time_budget,
+            began=began,
             grace_s=args.grace_period,
         )
         record.update(
             base_model=str(base.folder), earlier_s=progress.elapsed_s, parameters=sum(model.parameter_counts().values())
         )
+
+        def validate() -> float:
+            val_loader.resize(passes.rows)
+            return evaluate_bpb(model, val_loader.one_pass(args.eval_tokens), tokenizer.token_bytes, rt)
+
         for step in loop:
             if step.save_due(args.save_every):
                 with step.paused():
-                    run.save(step.index, model, optimizer, batches, tokenizer, progress.to_dict(), inheritance)
+                    run.save(step.index, model, optimizer, passes, tokenizer, progress.to_dict(), inheritance)
             if step.due(args.eval_every, at_start=True) and not step.stopping:
                 with step.paused():
-                    val_batches = val_loader.one_pass(args.eval_tokens)
-                    record["val_bpb"] = evaluate_bpb(model, val_batches, tokenizer.token_bytes, rt)
+                    record["val_bpb"] = passes.fit(validate)
                     step.log(val_bpb=record["val_bpb"])
                     run.note_validation(step.index, record["val_bpb"])
             if step.over:
                 break
             now = plan.at(step.index, step.total)
-            step.log(loss=train_step(loss_fn, batches, optimizer, now, rt, rows_per_step // rows), lr=now.lr)
-            step.log(epoch=batches.state()["epoch"])
-        batches.close()
+            step.log(loss=passes.train(loss_fn, optimizer, now, step.index), lr=now.lr)
+            step.log(epoch=passes.state()["epoch"])
+        passes.close()
         loop.check_completed()
         run.finish()
         record.update(loop.summary(), flags=vars(args), metrics=run.relative_metrics_path)
+        record.update(device_batch_size=passes.rows)
         print0(f"trained {run.folder} to step {step.index}")
 
 

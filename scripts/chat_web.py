@@ -20,7 +20,7 @@ from importlib.util import find_spec
 
 from nanochat import cli
 from nanochat.common import UserError, prepare_process, print0
-from nanochat.serve.limits import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
+from nanochat.serve.limits import DEFAULT_PORT, MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K, Defaults
 
 EVERYWHERE = ("", "0.0.0.0", "::")
 
@@ -28,7 +28,7 @@ EVERYWHERE = ("", "0.0.0.0", "::")
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_choice_flags(parser, default="sft")
-    parser.flag("--port", cli.number_between(0, 65535, whole=True), 8000, "port; 0 takes any free one", "-p")
+    parser.flag("--port", cli.number_between(0, 65535, whole=True), DEFAULT_PORT, "port; 0 takes any free one", "-p")
     parser.flag("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0: all of this machine's")
     temperature, top_k = cli.number_between(0, MAX_TEMPERATURE), cli.number_between(0, MAX_TOP_K, whole=True)
     max_tokens, known = cli.number_between(1, MAX_TOKENS, whole=True), Defaults()

@@ -14,6 +14,7 @@ import torch
 from nanochat import machine
 from nanochat.common import UserError
 from nanochat.dataset import open_corpus
+from nanochat.evals.time_to_bpb import Recipes
 from nanochat.machine import matmul_peak_flops, spread
 from nanochat.packing import BestFitPacker, Row
 from nanochat.parallel import Runtime
@@ -43,8 +44,10 @@ def measured(capsys: pytest.CaptureFixture[str], mode: str, *flags: str) -> dict
     assert len(lines) > 3  # progress before the result
     result = json.loads(lines[-1])
     assert result.keys() >= ALWAYS and result["bench"] == result["flags"]["only"] == mode
-    assert result["matmul_peak_gflops"].keys() == {"before", "after"} and result["matmul_peak_dtype"] == "float32"
-    assert min(result["matmul_peak_gflops"].values()) > 0 and result["threads"] == torch.get_num_threads()
+    assert result["matmul_peak_gflops"].keys() == {"before", "after"}
+    for peaks in result["matmul_peak_gflops"].values():
+        assert peaks.keys() == {"float32", result["matmul_peak_dtype"]} and min(peaks.values()) > 0
+    assert result["threads"] == torch.get_num_threads()
     assert result["machine"]["cores"] > 0 and result["peak_rss_bytes"] > 0 and result["wall_s"] > 0
     assert_spreads(result["figures"])
     return result
@@ -65,12 +68,13 @@ def test_training_speed_agrees_with_itself(capsys: pytest.CaptureFixture[str]) -
     for name in ("median", "min", "max"):
         flops = figures["flops_per_s"][name]
         assert flops == pytest.approx(figures["tokens_per_s"][name] * figures["flops_per_token"])
-        best = 1e9 * max(result["matmul_peak_gflops"].values())
+        best = 1e9 * max(peaks[result["matmul_peak_dtype"]] for peaks in result["matmul_peak_gflops"].values())
         assert figures["matmul_peak_share"][name] == pytest.approx(flops / best)
     assert figures["tokens_per_s"]["max"] == pytest.approx(128 / figures["step_s"]["min"])
     assert figures["matmul_peak_share"]["max"] < 1
 
 
+BUDGET_S = 6.0  # start-up included
 LOADER = [*TINY, "--device-batch-size=2", "--repeats=2"]
 
 
@@ -147,18 +151,21 @@ def test_decoding_is_measured_at_three_batch_sizes(capsys: pytest.CaptureFixture
 def test_time_to_bpb_trains_every_seed_in_a_folder_of_its_own(
     capsys: pytest.CaptureFixture[str], text: Path, base_dir: Path
 ) -> None:
-    flags = [*TINY, f"--data-dir={text}", "--budget=0.5", "--seeds=2", "--seed=7", "--eval-every=8"]
+    flags = [*TINY, f"--data-dir={text}", f"--budget={BUDGET_S}", "--seeds=2", "--seed=7", "--eval-every=100"]
     flags += ["--eval-tokens=500", "--train-flags=--total-batch-size=128 --device-batch-size=2 --logger=none"]
     result = measured(capsys, "time-to-bpb", *flags)
     runs = result["figures"]["runs"]
     assert [run["seed"] for run in runs] == [7, 8]
     for run in runs:
         curve = run["over_time"]
-        assert curve[0]["step"] == 0 and curve[-1]["val_bpb"] == run["val_bpb"] < curve[0]["val_bpb"]
+        assert run["val_bpb"].keys() == {"first_tokens", "reference_rows", "whole_documents"}
+        assert curve[0]["step"] == 0 and curve[-1]["val_bpb"] == run["val_bpb"]["first_tokens"] < curve[0]["val_bpb"]
+        assert run["seconds"] == run["startup_s"] + run["train_s"] == pytest.approx(BUDGET_S, rel=0.3)
         assert [point["train_s"] for point in curve] == sorted(point["train_s"] for point in curve)
         assert run["tokens"] == 128 * run["steps"] and run["train_s"] < run["wall_s"]
     assert runs[0]["val_bpb"] != runs[1]["val_bpb"]
-    assert result["figures"]["val_bpb"]["min"] == min(run["val_bpb"] for run in runs)
+    for name, spread_of in result["figures"]["val_bpb"].items():
+        assert spread_of["min"] == min(run["val_bpb"][name] for run in runs)
     assert result["peak_rss_bytes"] == max(run["peak_rss_bytes"] for run in runs)
     assert result["cpu_s"] > 0.5 * sum(run["train_s"] for run in runs)  # the runs' own, not the waiting parent's
     assert not base_dir.exists()
@@ -166,7 +173,7 @@ def test_time_to_bpb_trains_every_seed_in_a_folder_of_its_own(
 
 def test_a_recipe_that_fails_ends_the_measurement(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tok_train: left with code 2"):
-        bench.run_recipe(tmp_path, "tok_train", "--no-such-flag")
+        Recipes(tmp_path, ()).run("tok_train", "--no-such-flag")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,7 @@ def test_as_a_process_it_refuses_with_code_2() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_matmul_peak_counts_two_operations_per_product_in_the_runs_dtype(
+def test_the_matmul_peak_counts_two_operations_per_product_in_the_dtype_asked_for(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiply, used = torch.mm, set()
@@ -202,7 +209,7 @@ def test_the_matmul_peak_counts_two_operations_per_product_in_the_runs_dtype(
     monkeypatch.setattr(machine, "CPU_SHAPES", ((64, 64, 64),))
     clock = SimpleNamespace(perf_counter=iter(range(100)).__next__)  # each run takes one second
     monkeypatch.setattr(machine, "time", clock)
-    assert matmul_peak_flops(Runtime(torch.device("cpu"), dtype), seconds_per_shape=0) == 2 * 64**3
+    assert matmul_peak_flops(Runtime(torch.device("cpu"), torch.float64), dtype, seconds_per_shape=0) == 2 * 64**3
     assert used == {dtype}
 
 

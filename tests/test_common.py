@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import (
-    PEAK_FLOPS,
     UserError,
     atomic_write,
     base_dir,
     check_writable,
     launch_ranks,
     open_bytes,
-    peak_flops,
     prepare_matplotlib,
     print0,
     printable,
@@ -312,43 +310,3 @@ def test_matplotlib_gets_a_folder_below_the_base_unless_one_is_given(monkeypatch
     prepare_matplotlib()
     assert os.environ["MPLCONFIGDIR"] == str(base_dir / "matplotlib")
     monkeypatch.delenv("MPLCONFIGDIR")
-
-
-# Devices -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [
-        ("NVIDIA GB200", 2.5e15),
-        ("NVIDIA B200", 2.25e15),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 836e12),
-        ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A40", 149.7e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40", 181e12),
-        ("NVIDIA L40S", 362e12),
-        ("AMD Instinct MI300X", 1.3074e15),
-        ("AMD Instinct MI355X", 2.5e15),
-        ("AMD Instinct MI250X / MI250", 383e12),
-        ("NVIDIA GeForce RTX 4090", 165.2e12),
-        ("NVIDIA RTX A4000", None),
-        ("NVIDIA RTX A3000 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA B300 SXM6 AC", None),
-        ("Some Future Device", None),
-        ("", None),
-    ],
-)
-def test_a_devices_peak_is_its_own_or_unknown(device, peak):
-    assert peak_flops(device) == peak
-
-
-def test_no_entry_of_the_peak_table_hides_a_later_one():
-    for words, peak in PEAK_FLOPS:
-        assert peak_flops(f"Vendor {words} 80GB") == peak, words

@@ -11,7 +11,7 @@ def positions(batch: int, length: int) -> torch.Tensor:
 
 
 CASES = {
-    "plain causal": Visibility(positions(1, 50), positions(1, 50), window=50, is_full_causal=True),
+    "plain causal": Visibility(positions(1, 50), positions(1, 50), window=50, is_row=True),
     "windowed": Visibility(positions(1, 50), positions(1, 50), window=7),
     "documents": Visibility(positions(2, 50), positions(2, 50), 50, documents=(torch.arange(50) // 13).expand(2, -1)),
     "cache with empty slots": Visibility(

@@ -212,7 +212,6 @@ def test_a_batch_moves_to_a_device_and_counts_its_targets(train: Split, tokenize
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_batch_arrives_whole_on_a_gpu(train: Split, tokenizer: Tokenizer) -> None:
     loader = PretrainLoader(train, tokenizer, 8, 256)
     batches = [next(loader) for _ in range(10)]

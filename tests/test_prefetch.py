@@ -275,12 +275,10 @@ def test_a_process_that_never_closes_it_leaves_in_peace(
     assert (done.returncode, done.stdout, done.stderr) == (code, "leaving\n", "")
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SLOW_CYCLES = 20_000_000  # about 10 ms of the GPU
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_staging_buffers_are_not_rewritten_before_their_copies_have_run(ahead: int) -> None:
     """The GPU is kept busy before every copy: the thread is a whole round ahead of what is copied."""
@@ -295,7 +293,6 @@ def test_staging_buffers_are_not_rewritten_before_their_copies_have_run(ahead: i
 
 
 @pytest.mark.gpu
-@gpu
 def test_nobody_waits_for_a_copy_to_a_gpu_that_is_busy() -> None:
     with Prefetcher(Counting(), "cuda", ahead=4) as batches:
         next(batches)
@@ -310,7 +307,6 @@ def test_nobody_waits_for_a_copy_to_a_gpu_that_is_busy() -> None:
 
 
 @pytest.mark.gpu
-@gpu
 def test_the_stream_on_a_gpu_is_the_loaders(folder: Path, tokenizer: Tokenizer) -> None:
     plain = pretrain(folder, tokenizer)
     with Prefetcher(pretrain(folder, tokenizer), torch.device("cuda", 0)) as batches:

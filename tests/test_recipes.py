@@ -168,13 +168,6 @@ def test_the_tokenizer_is_compared_on_every_kind_of_text(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.usefixtures("tokenizer")
-def test_float16_is_refused_for_training(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
-    with pytest.raises(UserError, match="bfloat16 or float32"):
-        base_train.main([*TINY, f"--data-dir={text}"])
-
-
 # Bad input -----------------------------------------------------------------------------------------------------
 
 

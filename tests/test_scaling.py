@@ -16,6 +16,7 @@ from nanochat.scaling import (
     TrainingPlan,
     device_batch_rows,
     model_config,
+    sft_plan,
     training_plan,
     vocab_size_for,
 )
@@ -116,11 +117,18 @@ def test_our_batch_and_decay_follow_the_real_horizon_and_the_reference_ones_do_n
     assert plan_of(12, "nanochat", short).weight_decay > plan_of(12, "nanochat", long).weight_decay
 
 
-def test_learning_rates_hardly_fall_with_small_batches_and_grow_with_the_root_of_large_ones() -> None:
+def test_learning_rates_are_flat_over_common_batches_and_follow_the_root_of_tiny_and_large_ones() -> None:
     ours, reference = LAWS["nanochat"], LAWS["reference"]
-    assert ours.lr_scale(2**12) == pytest.approx(7 * reference.lr_scale(2**12), rel=0.05)
+    assert {ours.lr_scale(2**power) for power in range(11, 20)} == {1.0}
+    assert ours.lr_scale(2**9) == 0.5
     assert ours.lr_scale(2**21) == reference.lr_scale(2**21) == 2.0
-    assert ours.lr_scale(2**19) == reference.lr_scale(2**19) == 1.0
+    assert reference.lr_scale(2**19) == 1.0 and reference.lr_scale(2**11) == 2**-4
+
+
+def test_fine_tuning_has_a_law_of_its_own_for_small_batches() -> None:
+    assert sft_plan(100, 2**12, 128).lr_scale == pytest.approx(2**-0.7)
+    assert sft_plan(100, 2**12, 128, "reference").lr_scale == pytest.approx(2**-3.5)
+    assert sft_plan(100, 2**21, 128).lr_scale == 2.0
 
 
 def test_backout_is_left_out_where_the_middle_layer_is_the_last_unless_asked_for() -> None:

@@ -20,7 +20,7 @@ from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates, TrainingPlan
 from nanochat.train.loop import Loop, Progress
 from nanochat.train.metrics import JsonlLogger
-from nanochat.train.step import train_step
+from nanochat.train.step import Skipped, train_step
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 PLAN = TrainingPlan(50, 8 * 32, 0.1, 1.0, 0.1)
@@ -31,9 +31,9 @@ class RecordingOptimizer(MuonAdamW):
 
     gradients: dict[str, Tensor]
 
-    def step(self, lr: float, momentum: float, weight_decay: float) -> None:
+    def step(self, lr: float, momentum: float, weight_decay: float) -> bool:
         self.gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
-        super().step(lr, momentum, weight_decay)
+        return super().step(lr, momentum, weight_decay)
 
 
 def add_noise(model: GPT) -> None:
@@ -135,7 +135,7 @@ def test_masked_targets_give_no_gradient() -> None:
 def test_a_step_without_any_target_is_skipped_and_changes_nothing() -> None:
     model, optimizer = tiny_training()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    assert train_step(model.loss, batches(4, ignored=1.1), optimizer, PLAN.at(0), RT, 2) is None
+    assert train_step(model.loss, batches(4, ignored=1.1), optimizer, PLAN.at(0), RT, 2) == Skipped("no targets")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -14,8 +14,6 @@ from nanochat.loader import Batch
 from nanochat.model.gpt import GPT
 from nanochat.parallel import Runtime
 
-MAX_POSITIONS = 16_384  # whose logits exist at a time: at a vocabulary of 32,768 they take 2 GiB
-
 
 @torch.no_grad()
 def evaluate_bpb(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, rt: Runtime) -> float:
@@ -25,12 +23,10 @@ def evaluate_bpb(model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray, 
     """
     lengths = torch.tensor(token_bytes, device=rt.device)
     nats, num_bytes = 0.0, 0
-    for whole in batches:
-        rows = max(1, MAX_POSITIONS // whole.inputs.size(1))
-        for batch in (part.to(rt.device) for part in whole.split(rows)):
-            losses = model.token_losses(batch.inputs, batch.targets, batch.document_ids)
-            target_bytes = lengths[batch.targets.clamp_min(0)] * (batch.targets >= 0)
-            nats += (losses * (target_bytes > 0)).sum(dim=1).cpu().double().sum().item()
-            num_bytes += int(target_bytes.sum())
+    for batch in (some.to(rt.device) for some in batches):
+        losses = model.token_losses(batch.inputs, batch.targets, batch.document_ids)
+        target_bytes = lengths[batch.targets.clamp_min(0)] * (batch.targets >= 0)
+        nats += (losses * (target_bytes > 0)).sum(dim=1).cpu().double().sum().item()
+        num_bytes += int(target_bytes.sum())
     nats, total_bytes = rt.sum_number(nats), rt.sum_number(num_bytes)
     return nats / (math.log(2) * total_bytes) if total_bytes else math.inf

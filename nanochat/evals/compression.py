@@ -16,7 +16,6 @@ import pyarrow as pa
 import torch
 
 from nanochat.common import UserError
-from nanochat.evals.bpb import MAX_POSITIONS
 from nanochat.model.gpt import GPT, IGNORED
 from nanochat.tokenizer import Tokenizer, replace_surrogates
 
@@ -72,8 +71,8 @@ def document_nats(
 ) -> np.ndarray:
     """Nats the model needs for each document after its first token, a BOS. Returns (len(ids),) float64.
 
-    batch_size: most windows in a forward pass; fewer where their logits would take too much memory. stride: new tokens
-    per window of a long document, at most the context; default half of it. on_progress hears of windows done and all.
+    batch_size: windows in a forward pass. stride: new tokens per window of a long document, at most the context;
+    default half of it. on_progress hears of windows done and all.
     """
     length, device = model.config.sequence_len, model.wte.weight.device
     todo = [w for i, tokens in enumerate(ids) for w in windows(i, len(tokens), length, stride or max(1, length // 2))]
@@ -82,7 +81,7 @@ def document_nats(
     done = 0
     while done < len(todo):
         width = todo[done].end - todo[done].begin - 1
-        batch = todo[done : done + min(batch_size, max(1, MAX_POSITIONS // width))]
+        batch = todo[done : done + batch_size]
         inputs = torch.zeros((len(batch), width), dtype=torch.long)
         targets = torch.full((len(batch), width), IGNORED)
         for row, w in enumerate(batch):

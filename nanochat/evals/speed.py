@@ -9,10 +9,12 @@ from nanochat.common import UserError
 from nanochat.config import ModelConfig
 from nanochat.engine import Engine, Sampling
 from nanochat.loader import Batch, PretrainLoader
+from nanochat.machine import spread, timed
 from nanochat.model.gpt import GPT, build_model
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
 from nanochat.scaling import BaseRates, Multipliers
+from nanochat.tokenizer import Tokenizer
 from nanochat.train.step import train_step
 
 
@@ -41,17 +43,16 @@ def kept_frac(state: dict[str, Any]) -> float:
 
 
 def optimizer_step(
-    config: ModelConfig, rt: Runtime, seed: int = 0, compile_mode: str = "auto"
+    config: ModelConfig, rt: Runtime, seed: int = 0, compile_mode: str = "auto", passes: int = 1
 ) -> tuple[GPT, Callable[[Iterator[Batch]], None]]:
-    """A model with random weights, and one step of it on the next batch: forward, backward, update."""
-    rt.check_can_train()
+    """A model with random weights, and one step of it on the next `passes` batches: forward, backward, update."""
     model = build_model(config, rt.device, rt.dtype, seed)
     rates = BaseRates().by_role()
     optimizer = MuonAdamW(dict(model.named_parameters()), model.parameter_roles(), rates, rt)
     loss_fn = rt.compile(model.loss, compile_mode)
 
     def step(batches: Iterator[Batch]) -> None:
-        train_step(loss_fn, batches, optimizer, Multipliers(0.01, 0.95, 0.0), rt)
+        train_step(loss_fn, batches, optimizer, Multipliers(0.01, 0.95, 0.0), rt, passes)
         rt.synchronize()
 
     return model, step
@@ -88,3 +89,29 @@ def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens:
     rest = sum(1 for _ in tokens)
     assert len(first) + rest == len(prompts) * new_tokens
     return time.perf_counter() - began
+
+
+def tokenizer_speed(
+    train: Sequence[str], val: Sequence[str], vocab_size: int, repeats: int, encode_threads: Sequence[int]
+) -> dict[str, Any]:
+    """Learning a vocabulary from the texts of one side; encoding and decoding those of the other."""
+    train_mb, val_mb = (sum(len(text.encode()) for text in texts) / 1e6 for texts in (train, val))
+    trained: list[Tokenizer] = []
+    train_s = timed("training", lambda: trained.append(Tokenizer.train(train, vocab_size)), repeats)[1:]
+    tokenizer = trained[-1]
+    encode_mb_per_s = {}
+    for threads in encode_threads:
+        name, encode = f"encoding, {threads} threads", lambda n=threads: tokenizer.encode_batch(val, num_threads=n)
+        encode_mb_per_s[str(threads)] = spread([val_mb / s for s in timed(name, encode, repeats)[1:]])
+    ids = tokenizer.encode_batch(val)
+    num_tokens = sum(map(len, ids))
+    decode_s = timed("decoding", lambda: [tokenizer.decode(document) for document in ids], repeats)[1:]
+    return {
+        "train_mb_per_s": spread([train_mb / s for s in train_s]),
+        "encode_mb_per_s": encode_mb_per_s,
+        "decode_tokens_per_s": spread([num_tokens / s for s in decode_s]),
+        "bytes_per_token": val_mb * 1e6 / num_tokens,
+        "train_mb": train_mb,
+        "val_mb": val_mb,
+        "round_trip": [tokenizer.decode(document) for document in ids] == val,
+    }

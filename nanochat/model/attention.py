@@ -65,12 +65,12 @@ class Attention(Mixer):
         if self.config.key_offset:
             k = self._offset_keys(k, ctx.positions, state)
         if state is None:
-            visibility = ctx.visibility(self.layer)
+            mixed = ctx.attention(q, k, v, ctx.visibility(self.layer))
         else:
             assert isinstance(state, KVState)
             k, v, key_positions = state.append(k, v, ctx.positions)
-            visibility = Visibility(ctx.positions, key_positions, ctx.windows[self.layer])
-        return self.c_proj(attention(q, k, v, visibility).flatten(2))
+            mixed = attention(q, k, v, Visibility(ctx.positions, key_positions, ctx.windows[self.layer]))
+        return self.c_proj(mixed.flatten(2))
 
     def _gated_values(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x: (B, T, C), token_ids: (B, T). Returns (B, T, H_kv, D)."""

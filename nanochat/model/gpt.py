@@ -11,11 +11,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
+from nanochat.kernels.attention_ladder import AttentionCase, Kernel, choose_attention
+from nanochat.kernels.cross_entropy import IGNORED as IGNORED  # a target that is not scored
+from nanochat.kernels.cross_entropy import softcapped, summed_loss, token_losses
+from nanochat.kernels.flash_attention import attention as sdpa_attention
+from nanochat.kernels.fp8 import Recipe, is_eligible
 from nanochat.model.attention import Attention
 from nanochat.model.layers import ACTIVATIONS, MLP, SMEAR_CHANNELS, Embedding, Linear, Role, Smear, rms_norm
 from nanochat.model.mixer import LayerContext, Mixer
@@ -23,7 +27,6 @@ from nanochat.model.residual import RESIDUALS, Residual
 from nanochat.model.state import DecodeState, LayerState
 
 MIXERS: dict[str, type[Mixer]] = {"A": Attention}
-IGNORED = -1  # a target that is not scored
 
 
 class Block(nn.Module):
@@ -50,13 +53,16 @@ class GPT(nn.Module):
     """A language model over token ids.
 
     dtype: the compute dtype. Parameters are fp32 masters (float64 when computing in float64, which tests use).
+    attention: the kernel for rows that are read whole, see kernels/attention_ladder.py.
     Raises UserError for letters, schemes or activations that no table knows.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype = torch.float32, attention: Kernel = sdpa_attention
+    ) -> None:
         super().__init__()
         check_tables(config)
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.attention = config, dtype, attention
         self.wte = Embedding(config.padded_vocab_size, config.n_embd, role="wte")
         self.smear = Smear(config.n_embd) if config.smear else None
         self.residual = RESIDUALS[config.residual](config)
@@ -70,6 +76,12 @@ class GPT(nn.Module):
         if self.config.tied_head:
             self.lm_head.weight, self.lm_head.roles = self.wte.weight, {}
             self.wte.roles = {"weight": "lm_head"}
+
+    def use_fp8(self, recipe: Recipe | None) -> None:
+        """Train the layers that gain by it in FP8, the head included; None: no longer."""
+        for module in self.modules():
+            if isinstance(module, Linear) and is_eligible(module.weight):
+                module.fp8 = recipe
 
     # Forward -------------------------------------------------------------------------------------------------------
 
@@ -93,10 +105,7 @@ class GPT(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Softcapped logits (..., V) of hidden states (..., C), in fp32 or better."""
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cap = self.config.softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        return softcapped(self.lm_head(hidden)[..., : self.config.vocab_size], self.config.softcap)
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of every position of token_ids (B, T)."""
@@ -108,13 +117,14 @@ class GPT(nn.Module):
 
     def token_losses(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target (B, T); 0 where the target is ignored. inputs: (B, T)."""
-        logits = self(inputs, document_ids).flatten(0, 1)  # (B * T, V)
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        hidden = self.hidden(inputs, document_ids).flatten(0, 1)  # (B * T, C)
+        losses = token_losses(hidden, targets.flatten(), self.lm_head, self.config.vocab_size, self.config.softcap)
         return losses.view_as(targets)
 
     def loss(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Summed nats of all targets, a scalar. Dividing by their number is the training step's job."""
-        return self.token_losses(inputs, targets, document_ids).sum()
+        hidden = self.hidden(inputs, document_ids).flatten(0, 1)  # (B * T, C)
+        return summed_loss(hidden, targets.flatten(), self.lm_head, self.config.vocab_size, self.config.softcap)
 
     def _context(self, token_ids: Tensor, document_ids: Tensor | None, state: DecodeState | None) -> LayerContext:
         documents = document_ids if self.config.doc_mask and state is None else None
@@ -125,7 +135,7 @@ class GPT(nn.Module):
             positions = positions_in_documents(documents)
         else:
             positions = steps
-        return LayerContext(token_ids, positions, documents, self.config.windows)
+        return LayerContext(token_ids, positions, documents, self.config.windows, self.attention)
 
     # State and weights ---------------------------------------------------------------------------------------------
 
@@ -227,17 +237,30 @@ def flops_per_token(config: ModelConfig) -> int:
     return 6 * linear + mixing
 
 
-def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A model on `device` whose weights hold whatever the memory held; never more than one copy of it exists."""
+def attention_case(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionCase:
+    """What a model of this configuration asks of its attention kernel."""
+    has_windows = min(config.windows) < config.sequence_len - 1
+    groups = config.n_head // config.n_kv_head
+    return AttentionCase(device, dtype, config.head_dim, groups, has_windows, config.doc_mask)
+
+
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: Kernel | None = None) -> GPT:
+    """A model on `device` whose weights hold whatever the memory held; never more than one copy of it exists.
+
+    attention: without one, the kernels are tried now (`choose_attention`), once per process and kind of model.
+    """
+    kernel = attention or choose_attention(attention_case(config, device, dtype)).kernel
     with torch.device("meta"):
-        model = GPT(config, dtype)
+        model = GPT(config, dtype, kernel)
     model.to_empty(device=device)
     model.tie()  # to_empty gives every module a tensor of its own
     return model
 
 
-def build_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 42) -> GPT:
-    """A model with fresh weights on `device`."""
-    model = empty_model(config, device, dtype)
+def build_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 42, attention: Kernel | None = None
+) -> GPT:
+    """A model with fresh weights on `device`; attention: as in `empty_model`."""
+    model = empty_model(config, device, dtype, attention)
     model.init_weights(seed)
     return model

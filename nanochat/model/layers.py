@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from nanochat.kernels.fp8 import Recipe, fp8_linear
+
 SMEAR_CHANNELS = 24  # the smear gate reads this many leading channels (pretraining spec 4.2)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": lambda x: F.relu(x).square(), "gelu": F.gelu}
@@ -27,15 +29,22 @@ class Role(nn.Module):
 
 
 class Linear(Role):
-    """Bias-free projection of the last dim; the weight (out, in) is cast to the input's dtype."""
+    """Bias-free projection of the last dim; the weight (out, in) is cast to the input's dtype.
+
+    fp8: how it computes in training, that is in training mode with gradients wanted. It changes nothing else: neither
+    evaluation and decoding, nor parameters and their names.
+    """
 
     def __init__(self, in_features: int, out_features: int, role: str = "matrix") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.roles = {"weight": role}
+        self.fp8: Recipe | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
+        if self.fp8 is not None and self.training and torch.is_grad_enabled():
+            return fp8_linear(x, self.weight, self.fp8)
         return F.linear(x, self.weight.to(x.dtype))
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nanochat.config import ModelConfig
-from nanochat.kernels.flash_attention import Visibility
+from nanochat.kernels.attention_ladder import Kernel
+from nanochat.kernels.flash_attention import Visibility, attention
 from nanochat.model.state import LayerState
 
 
@@ -21,12 +22,14 @@ class LayerContext:
 
     token_ids: (B, T). positions: (B or 1, T), restarting at each document under document masks.
     document_ids: (B, T) when document masks are on, else None. windows: per layer, see `ModelConfig.windows`.
+    attention: the kernel for tokens that look at each other, not at a cache.
     """
 
     token_ids: Tensor
     positions: Tensor
     document_ids: Tensor | None
     windows: tuple[int, ...]
+    attention: Kernel = attention
     _visibility: dict[int, Visibility] = field(default_factory=dict, repr=False)
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -34,9 +37,8 @@ class LayerContext:
         """Who sees whom among the tokens of this forward (no cache), shared by layers of one window."""
         window = self.windows[layer]
         if window not in self._visibility:
-            is_full_causal = self.document_ids is None and window >= self.token_ids.size(1) - 1
             self._visibility[window] = Visibility(
-                self.positions, self.positions, window, self.document_ids, is_full_causal
+                self.positions, self.positions, window, self.document_ids, is_row=True
             )
         return self._visibility[window]
 

@@ -10,7 +10,8 @@
     loop.check_completed()      # the last record, and what a signal asked for
 
 Steps are numbered from 0; the step with index == total comes after the last update, so evaluation and saving stand
-once, at the top. Paused time is not training time. With a time budget the total is re-estimated from the pace so far.
+once, at the top. Paused time is not training time. A time budget holds start-up and training; under it the total is
+re-estimated from the pace so far.
 When the process is asked to stop (train/stop.py), the loop ends at the next step on all ranks, where a save is due.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 
 from nanochat.loggers import Logger, Record
 from nanochat.parallel import Runtime
+from nanochat.train.step import Skipped
 from nanochat.train.stop import StopRequest, stopped
 
 SMOOTHING = 0.9  # of the reported loss
@@ -34,6 +36,7 @@ class Progress:
     """What a resumed loop must know; saved with every checkpoint."""
 
     steps: int = 0
+    startup_s: float = 0.0  # of all processes of the run, until their first step
     train_s: float = 0.0
     elapsed_s: float = 0.0
     tokens: int = 0
@@ -87,20 +90,22 @@ class Step:
             self.paused_s += time.perf_counter() - start
 
     def log(self, **values: Any) -> None:
-        """Add values to this step's record. A `loss` of None is recorded as a skipped step."""
+        """Add values to this step's record. A `loss` that is `Skipped` is recorded as that."""
         if "loss" in values:
             loss = values.pop("loss")
-            values |= (
-                {"skipped": "no targets"} if loss is None else {"loss_raw": loss, "loss": self.progress.add_loss(loss)}
-            )
+            if isinstance(loss, Skipped):
+                values |= {"skipped": loss.reason}
+            else:
+                values |= {"loss_raw": loss, "loss": self.progress.add_loss(loss)}
         self.record |= values
 
 
 class Loop:
     """Iterates over steps start..total. tokens_per_step and flops_per_token count what one update costs on all ranks.
 
-    time_budget_s: stop when this much training time is used up, instead of after num_steps. grace_s: seconds that a
-    signal leaves for the running step and a save; None: signals are not looked at.
+    time_budget_s: stop when start-up and training have used this up, instead of after num_steps. began: when start-up
+    did, a time of `time.perf_counter`; default now. grace_s: seconds that a signal leaves for the running step and a
+    save; None: signals are not looked at.
     """
 
     def __init__(
@@ -113,12 +118,14 @@ class Loop:
         tokens_per_step: int = 0,
         flops_per_token: int = 0,
         time_budget_s: float | None = None,
+        began: float | None = None,
         grace_s: float | None = None,
     ) -> None:
         self.num_steps, self.start, self.rt = num_steps, start, rt
         self.progress = progress or Progress()
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         self.time_budget_s = time_budget_s
+        self._began = began
         self.loggers = list(loggers)
         self._durations: deque[float] = deque(maxlen=20)
         self._stop = StopRequest(grace_s, rt.is_main)
@@ -128,6 +135,8 @@ class Loop:
 
     def __iter__(self) -> Iterator[Step]:
         index = self.start
+        if self._began is not None:
+            self.progress.startup_s += time.perf_counter() - self._began
         self._stop.watch()
         try:
             while True:
@@ -181,7 +190,8 @@ class Loop:
         p = self.progress
         speed = p.tokens / p.train_s if p.train_s else None
         flops = p.tokens * self.flops_per_token
-        return {"steps": p.steps, "tokens": p.tokens, "flops": flops, "train_s": p.train_s, "tokens_per_s": speed}
+        clocks = {"startup_s": p.startup_s, "train_s": p.train_s, "tokens_per_s": speed}
+        return {"steps": p.steps, "tokens": p.tokens, "flops": flops, **clocks}
 
     def _total(self, index: int) -> int:
         """Steps in all; under a time budget what the pace so far allows, the same on every rank."""
@@ -192,7 +202,8 @@ class Loop:
         recent_s = (
             statistics.median(self._durations) if self._durations else self.progress.train_s / self.progress.steps
         )
-        left_s = self.rt.sum_number(self.time_budget_s - self.progress.train_s) / self.rt.world_size
+        used_s = self.progress.startup_s + self.progress.train_s
+        left_s = self.rt.sum_number(self.time_budget_s - used_s) / self.rt.world_size
         pace_s = self.rt.sum_number(recent_s) / self.rt.world_size
         return index + max(0, round(left_s / pace_s))
 

@@ -46,6 +46,7 @@ from nanochat.tokenizer import Tokenizer
 # Flags that may differ when a run goes on: they change where and how it is computed and shown, not what.
 FREE_FLAGS = {"resume", "overwrite", "logger", "run", "compile", "device_type", "device_batch_size", "offline"}
 FREE_FLAGS |= {"eval_every", "eval_tokens", "save_every", "keep_last", "keep_every", "grace_period", "reduce_dtype"}
+FREE_FLAGS |= {"fp8", "fp8_recipe", "fp8_emulate"}
 FREE_FLAGS |= {"data_dir", "data"}  # inputs are compared by content
 HORIZON_FLAGS = {"num_iterations", "target_flops", "target_param_data_ratio", "time_budget", "num_epochs"}
 
@@ -203,6 +204,8 @@ class Run:
         self.checkpoint.load_optimizer(optimizer)
         self.checkpoint.load_loader(loader)
         print0(f"continuing from step {self.start} of {self.folder}")
+        if (earlier := self.checkpoint.meta.get("dtype", str(model.dtype))) != str(model.dtype):
+            print0(f"note: it was trained in {earlier} and goes on in {model.dtype}, with slightly other numbers")
         return dict(self.checkpoint.meta["progress"])
 
     def save(
@@ -233,6 +236,7 @@ class Run:
                 "tokenizer": tokenizer.fingerprint,
                 "inputs": self._inputs,
                 "commit": self._commit,
+                "dtype": str(model.dtype),
                 "loader": {name: value for name, value in state.items() if name not in arrays},
                 "plan": dict(plan),
             }

@@ -1,0 +1,1 @@
+"""What is wrong with a machine, found by running each thing that a run will need."""

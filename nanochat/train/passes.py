@@ -1,0 +1,198 @@
+"""The passes of a step: how many rows the device takes at once, and what happens when they turn out to be too many.
+
+    passes = Passes(loader, rt, rows, rows_per_step)
+    loss = passes.train(loss_fn, optimizer, plan.at(step.index), step.index)
+
+The rows come from a forecast or a flag, and both can be wrong. So whatever finds no memory before the first step is
+done is begun again with half the rows, as often as it takes. A step stays the same rows in the same order, in more
+passes: the run is from its first step one that was started with the smaller number. Once a step has gone through, a
+later one that finds no memory is an error, since something else has taken it.
+
+Ranks must not part ways: one that has no memory leaves its step at a place where the others wait for it. Therefore
+several ranks rehearse first, each for itself with made-up tokens, and ask each other afterwards. The rehearsal holds
+what a step holds: two passes where there are several, the second on top of the first one's gradients.
+"""
+
+import gc
+import re
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from nanochat.common import print0
+from nanochat.config import ModelConfig
+from nanochat.forecast import CPU_PROCESS_BYTES, USABLE, Setup
+from nanochat.loader import Batch
+from nanochat.memory import free_memory_bytes
+from nanochat.optim import MuonAdamW
+from nanochat.parallel import Runtime
+from nanochat.planning import derived_rows
+from nanochat.prefetch import Prefetcher
+from nanochat.scaling import Multipliers, device_batch_rows
+from nanochat.train.step import LossFn, Skipped, train_step
+
+Result = TypeVar("Result")
+
+CPU_USABLE = 0.8  # of what is free: other programs have a right to some, and the forecast may be wrong
+
+# What torch's allocators and libraries say, where they have no kind of error of their own.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|could not create a (memory|primitive)"
+    r"|can't start new thread",  # Python's, where there is no room for its stack
+    re.I,
+)
+
+
+class SizedLoader(Protocol):
+    """A stream of batches whose rows per batch can be changed."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def resize(self, batch_size: int) -> None: ...
+
+
+class Passes:
+    """The batches of a run. rows: of a pass, as they are now; count: passes of a step. To be closed."""
+
+    def __init__(
+        self, loader: SizedLoader, rt: Runtime, rows: int, rows_per_step: int, sequence_len: int, is_given: bool = False
+    ) -> None:
+        assert rows_per_step % rows == 0
+        self.rows = rows
+        self._loader, self._rt, self._rows_per_step, self._sequence_len = loader, rt, rows_per_step, sequence_len
+        self._asked = f" (--device-batch-size={rows})" if is_given else ""
+        self._is_proven = False  # a step has gone through
+        self._batches = self._drawn_ahead()
+
+    @property
+    def count(self) -> int:
+        return self._rows_per_step // self.rows
+
+    def train(self, loss_fn: LossFn, optimizer: MuonAdamW, multipliers: Multipliers, index: int) -> float | Skipped:
+        """The optimizer step of this number (`train_step`), in passes that fit."""
+        if not self._is_proven and self._rt.world_size > 1:
+            self._rehearse(loss_fn, optimizer)
+
+        def step() -> float | Skipped:
+            return train_step(loss_fn, self._batches, optimizer, multipliers, self._rt, self.count, index)
+
+        loss = self.fit(step, optimizer)
+        self._is_proven = True
+        return loss
+
+    def fit(self, work: Callable[[], Result], optimizer: MuonAdamW | None = None) -> Result:
+        """What `work` returns, which looks at `rows` when it is called: it may be called again, with fewer.
+
+        Raises MemoryError where it finds no memory and fewer rows are no way out.
+        """
+        while True:
+            before = self._batches.state()
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                is_torn = optimizer is not None and optimizer.is_stepping  # it holds no activations, but new weights
+                if self._is_proven or is_torn or self._rt.world_size > 1 or self.rows == 1:
+                    raise self._refusal(is_torn) from error
+            # Behind the handler: the error held the frames that held the activations.
+            if optimizer is not None:
+                optimizer.zero_grad()
+            self._halve(before)
+
+    def state(self) -> dict[str, Any]:
+        """Position of the next batch."""
+        return self._batches.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._batches.load_state(state)
+
+    def close(self) -> None:
+        self._batches.close()
+
+    def _drawn_ahead(self) -> Prefetcher:
+        return Prefetcher(self._loader, self._rt.device, ahead=4 + self.count)
+
+    def _halve(self, position: dict[str, Any]) -> None:
+        """Half the rows, or the next number below that divides them; the stream goes on from `position`."""
+        gc.collect()
+        before, self.rows = self.rows, device_batch_rows(self.rows, at_most=self.rows // 2)
+        print0(
+            f"out of memory with {before} rows a pass{self._asked}: going on with {self.rows}, {self.count} passes a "
+            "step; the batch and what is learned stay the same"
+        )
+        self._batches.close()
+        self._loader.resize(self.rows)
+        self._loader.load_state(position)
+        self._batches = self._drawn_ahead()
+
+    def _rehearse(self, loss_fn: LossFn, optimizer: MuonAdamW) -> None:
+        """Halve the rows on all ranks until passes of them fit on each."""
+        while True:
+            has_room = self._has_room(loss_fn)
+            optimizer.zero_grad()
+            if not self._rt.max_number(not has_room):
+                return
+            if self.rows == 1:
+                raise self._refusal()
+            self._halve(self._batches.state())
+
+    def _has_room(self, loss_fn: LossFn) -> bool:
+        """Whether passes of made-up tokens find memory here. Says nothing to the other ranks."""
+        shape = (self.rows, self._sequence_len)
+        ids = torch.zeros(shape, dtype=torch.int64, device=self._rt.device)
+        documents = torch.zeros(shape, dtype=torch.int32, device=self._rt.device)
+        try:
+            for _ in range(min(2, self.count)):
+                loss_fn(ids, ids, documents).backward()
+            self._rt.synchronize()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _refusal(self, is_torn: bool = False) -> MemoryError:
+        where = f"rank {self._rt.rank}: {self._rt.device} is out of memory"
+        if is_torn:
+            return MemoryError(
+                f"{where} in the optimizer's update, which needs as much whatever the rows: lower --depth"
+            )
+        if self.rows == 1:
+            return MemoryError(f"{where} with one row a pass; lower --max-seq-len or --depth, or use more memory")
+        return MemoryError(f"{where} with {self.rows} rows a pass; go on with a lower --device-batch-size")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has said so: a GPU's, torch's on a CPU, or Python's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
+
+
+def rows_that_fit(config: ModelConfig, rows_per_step: int, rt: Runtime, compile_mode: str, has_fp8: bool) -> int:
+    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`)."""
+    is_gpu = rt.device.type != "cpu"
+    setup = Setup(
+        config,
+        rows=1,
+        ranks=rt.world_size,
+        dtype=str(rt.dtype).removeprefix("torch."),
+        is_gpu=is_gpu,
+        is_compiled=compile_mode == "on" or (compile_mode == "auto" and is_gpu),
+        has_fp8=has_fp8,
+    )
+    rows = derived_rows(setup, rows_per_step, usable_bytes(rt))
+    return int(-rt.max_number(-rows))
+
+
+def usable_bytes(rt: Runtime) -> float | None:
+    """What this process may hold on its device, what it holds already included; None where unknown."""
+    if rt.device.type in ("cuda", "xpu"):
+        free, _ = getattr(torch, rt.device.type).mem_get_info(rt.device)
+        return USABLE * free
+    free_here = free_memory_bytes() if rt.device.type == "cpu" else None
+    return None if free_here is None else CPU_USABLE * free_here / rt.world_size + CPU_PROCESS_BYTES

@@ -1,0 +1,279 @@
+"""What a base run will be and cost, before it is begun: model, steps, text, memory, hours, money, disk.
+
+    python -m scripts.plan --depth=20 --gpus=8xH100
+    python -m scripts.plan --depth=12 --gpus=RTX4090 --json      # one JSON object as the last line
+    python -m scripts.plan --depth=4 --gpus=cpu --max-seq-len=512 --time-budget=600
+    python -m scripts.plan --table                               # the tables of docs/plan.md
+
+Takes every flag of scripts.base_train, so that one command line serves both; those that change nothing here are read
+all the same. Of --gpus, `cpu` is this machine. docs/plan.md says how to read it, and how far to trust it.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from nanochat import cli, planning
+from nanochat.common import UserError, prepare_process, print0, to_json
+from nanochat.costs import plan_run
+from nanochat.hardware import CPU, EXPECTED_UTILISATION, parse_machine
+from nanochat.memory import machine_memory_bytes
+
+GIB = 2**30
+TABLE_DEPTHS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
+# (flags, title); `cpu` is then a machine of this many cores and GiB.
+TABLE_MACHINES = (
+    (("--gpus=cpu", "--max-seq-len=512", "--eval-tokens=65536"), "Two CPU cores, 16 GiB, context 512"),
+    (("--gpus=RTX4090",), "One card of 24 GB, an RTX 4090, context 2,048"),
+    (("--gpus=H200",), "One H200, context 2,048"),
+    (("--gpus=8xH100",), "8 x H100, context 2,048"),
+)
+TABLE_CORES, TABLE_MEMORY_GIB = 2, 16.0
+SMALL_WIDTH = 768  # of depth 12; narrower models do not fill a GPU
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    parser = cli.Parser(__doc__)
+    parser.flag("--gpus", machine, "8xH100", "devices: cpu, NAME, or 8xNAME; an unknown name lists the known ones")
+    parser.flag("--price", cli.non_negative_float, None, "US dollars per device and hour; else a list price")
+    share = f"share of the GPUs' bf16 peak that training gets; else {EXPECTED_UTILISATION:g}"
+    parser.flag("--utilisation", cli.number_between(0.001, 1), None, share)
+    parser.flag("--vocab-size", cli.vocabulary_size, None, "of the tokenizer; else what scripts.tok_train derives")
+    parser.switch("--json", "one JSON object as the last line")
+    parser.switch("--table", "Markdown tables over depths and machines, instead of one plan")
+    planning.add_base_flags(parser)
+    parser.check(lambda args: "--table, --json: give one of them" if args.table and args.json else None)
+    parser.check(lambda args: planning.batch_problem(args, parse_machine(args.gpus)[0]))
+    parser.check(
+        lambda args: (
+            "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"
+            if args.utilisation and parse_machine(args.gpus)[1].lower() == CPU
+            else None
+        )
+    )
+    return parser.parse(argv)
+
+
+def machine(text: str) -> str:
+    """A text that `parse_machine` takes."""
+    try:
+        parse_machine(text)
+    except UserError as error:
+        raise ValueError(str(error).partition(": ")[2]) from None
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    prepare_process(args.offline)
+    if args.table:
+        print0("\n".join(tables()))
+        return
+    cores, memory_gib = os.cpu_count() or 1, (machine_memory_bytes() or 16 * GIB) / GIB
+    plan = plan_run(args, cores, memory_gib)
+    print0("\n".join(told(plan)))
+    if args.json:
+        print0(to_json(plan))
+
+
+# What is told --------------------------------------------------------------------------------------------------
+
+
+def told(run: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    devices = run["machine"]
+    cores = f" of {devices['cores']} cores" if devices["cores"] else ""
+    sections = {
+        "model": model_rows(run),
+        "training": training_rows(run),
+        f"memory of {'each' if devices['devices'] > 1 else 'the'} device": memory_rows(run),
+        "time and money": money_rows(run),
+        "disk and host": disk_rows(run),
+    }
+    lines = [f"depth {run['depth']} on {devices['devices']} x {devices['device']}{cores}"]
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {name:<24} {value}" for name, value in rows)]
+    return lines + (["", does_not_fit(run["memory"])] if not run["memory"]["fits"] else [])
+
+
+def model_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    model = run["model"]
+    return [
+        ("width", f"{model['n_embd']:,}, {plural(model['n_head'], 'head')} of {model['n_embd'] // model['n_head']}"),
+        ("vocabulary", f"{model['vocab_size']:,}"),
+        ("context", f"{model['sequence_len']:,} tokens"),
+        *parameter_rows(run["parameters"]),
+    ]
+
+
+def parameter_rows(parameters: dict[str, int]) -> list[tuple[str, str]]:
+    names = {"matrix": "in blocks", "lm_head": "head", "wte": "embedding", "value_embedding": "value embeddings"}
+    shown = {name: parameters.get(role, 0) for role, name in names.items()}
+    shown["scalars"] = parameters["total"] - sum(shown.values())
+    width = len(f"{parameters['total']:,}")
+    rows = [(f"  {name}", f"{count:>{width},}") for name, count in shown.items() if count]
+    return [("parameters", f"{parameters['total']:,}"), *rows]
+
+
+def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    training, memory, devices = run["training"], run["memory"], run["machine"]["devices"]
+    ratio = training["tokens"] / run["parameters"]["scaling"]
+    rows = f"{plural(memory['rows'], 'row')} x {run['model']['sequence_len']:,}"
+    split = f"{rows} x {plural(devices, 'device')} x {plural(memory['passes'], 'pass')}"
+    return [
+        ("tokens", f"{training['tokens']:,}, {ratio:.3g} per parameter of blocks and head"),
+        ("steps", f"{training['steps']:,}"),
+        ("batch", f"{training['batch_tokens']:,} tokens = {split}"),
+        ("FLOPs per token", f"{training['flops_per_token']:.4g}"),
+        ("FLOPs", f"{training['flops']:.4g}"),
+    ]
+
+
+def memory_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = run["memory"]
+    parts = [(f"  {part}", gib(size)) for part, size in memory["parts_bytes"].items() if size > GIB / 200]
+    how = f"{memory['dtype']}{', compiled' if memory['compiled'] else ''}, {plural(memory['rows'], 'row')} a pass"
+    return [
+        ("at its peak", f"{gib(memory['total_bytes'])} of {memory['usable_bytes'] / GIB:,.1f} usable  ({how})"),
+        *parts,
+        ("largest device batch", f"{plural(memory['largest_rows'], 'row')}, of {memory['rows_per_step']:,} a step"),
+    ]
+
+
+def money_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    time, money = run["time"], run["money"]
+    price = "not known; give --price" if run["machine"]["cores"] is None else "your own machine, or give --price"
+    if money["dollars"] is not None:
+        per_hour = f"${money['price_per_device_hour']:,.2f} per device and hour, {money['price_is']}"
+        price = f"${money['dollars']:,.2f}  ({per_hour})"
+    return [
+        ("speed", f"{time['tokens_per_s']:,.0f} tokens/s  ({speed_source(run)})"),
+        ("training", hours(time["training_hours"])),
+        ("evaluation", f"{hours(time['evaluation_hours'])}  ({plural(time['evaluations'], 'time')})"),
+        ("price", price),
+    ]
+
+
+def speed_source(run: dict[str, Any]) -> str:
+    share = run["time"]["utilisation"]
+    if share is None:
+        return "as two such cores were measured"
+    bound = "; a small model gets less" if run["model"]["n_embd"] < SMALL_WIDTH else ""
+    return f"{share:.0%} of the bf16 peak, assumed{bound}"
+
+
+def disk_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
+    text, disk = run["text"], run["disk"]
+    return [
+        ("text", f"{gb(text['bytes'])}: {text['train_shards']:,} shards of ClimbMix and one to validate on"),
+        ("a checkpoint", f"{gb(disk['checkpoint_bytes'])}, {gb(disk['weights_bytes'])} of them weights"),
+        ("checkpoints", f"{gb(disk['bytes'])}: {disk['most_at_once']} at a time at most"),
+        ("host memory", gib(run["host_memory_bytes"]).strip()),
+    ]
+
+
+def does_not_fit(memory: dict[str, Any]) -> str:
+    if memory["largest_rows"]:
+        return f"does not fit: give --device-batch-size={memory['largest_rows']} or less"
+    return "does not fit: not even one row a pass; fewer layers, a shorter --max-seq-len, or more memory"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:>7,.2f} GiB"
+
+
+def plural(count: int, name: str) -> str:
+    """
+    >>> plural(1, "row"), plural(2_000, "pass")
+    ('1 row', '2,000 passes')
+    """
+    return f"{count:,} {name}{'' if count == 1 else 'es' if name.endswith('s') else 's'}"
+
+
+def amount(number: float) -> str:
+    """
+    >>> amount(50_300_000), amount(8.758e9)
+    ('50.3 M', '8.76 G')
+    """
+    return f"{number / 1e6:,.1f} M" if number < 1e9 else f"{number / 1e9:,.2f} G"
+
+
+def hours(number: float) -> str:
+    """
+    >>> hours(0.004), hours(0.5), hours(30.25), hours(1000), hours(100_000)
+    ('14 s', '30 min', '30.2 h', '41.7 days', '11.4 years')
+    """
+    if number < 1 / 60:
+        return f"{3600 * number:.0f} s"
+    if number < 1:
+        return f"{60 * number:.0f} min"
+    if number < 72:
+        return f"{number:,.1f} h"
+    return f"{number / 24:,.1f} days" if number < 365 * 24 else f"{number / 24 / 365.25:,.1f} years"
+
+
+# Tables --------------------------------------------------------------------------------------------------------
+
+
+def tables() -> list[str]:
+    """The tables of docs/plan.md: what follows from the depth, and what it means on each machine."""
+    lines: list[str] = []
+    for flags, title in TABLE_MACHINES:
+        runs = [
+            plan_run(parse_args([*flags, f"--depth={depth}"]), TABLE_CORES, TABLE_MEMORY_GIB) for depth in TABLE_DEPTHS
+        ]
+        if not lines:
+            lines += model_table(runs)
+        lines += ["", f"### {title}", "", f"`python -m scripts.plan --depth=N {' '.join(flags)}`", *machine_table(runs)]
+    return lines
+
+
+def model_table(runs: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            f"{run['depth']}",
+            f"{run['model']['n_embd']:,}",
+            f"{run['model']['vocab_size']:,}",
+            amount(run["parameters"]["total"]),
+            amount(run["training"]["tokens"]),
+            f"{run['text']['train_shards']:,}",
+            gb(run["disk"]["checkpoint_bytes"]),
+        ]
+        for run in runs
+    ]
+    header = ["depth", "width", "vocabulary", "parameters", "tokens", "shards", "checkpoint"]
+    return ["### By depth", *markdown(header, rows)]
+
+
+def machine_table(runs: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for run in runs:
+        memory, dollars = run["memory"], run["money"]["dollars"]
+        rows.append(
+            [
+                f"{run['depth']}",
+                f"{run['training']['steps']:,} x {run['training']['batch_tokens']:,}",
+                f"{memory['rows']:,} x {memory['passes']:,}" if memory["fits"] else "does not fit",
+                f"{memory['total_bytes'] / GIB:.1f}",
+                f"{run['time']['tokens_per_s']:,.0f}",
+                hours(run["time"]["hours"]),
+                "-" if not dollars else f"{dollars:,.2f}",
+            ]
+        )
+    return markdown(["depth", "steps x tokens", "rows x passes", "GiB a device", "tokens/s", "time", "US$"], rows)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table whose columns are aligned in the text as well, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda cells: f"| {' | '.join(cell.rjust(width) for cell, width in zip(cells, widths))} |"  # noqa: E731
+    return ["", line(header), f"|{'|'.join('-' * (width + 1) + ':' for width in widths)}|", *map(line, rows)]
+
+
+if __name__ == "__main__":
+    cli.run(main)
