@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nanochat.common import LostRank, Stopped, UserError, launch_ranks, print0
 from nanochat.hardware import expected_flops, peak_flops
+from nanochat.memory import keep_freed_memory
 from nanochat.precision import DTYPES, choose_dtype, synchronize
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -190,8 +191,9 @@ class Compiled:
 def runtime(device_type: str = "", in_batches: bool = False) -> Iterator[Runtime]:
     """Set the process up, and take the process group down again at the end.
 
-    device_type: cuda, mps, xpu or cpu; empty picks the best there is. The compute dtype is `$NANOCHAT_DTYPE`, else what
-    the device is fast at (`precision.choose_dtype`). Raises UserError for what this machine does not have.
+    device_type: cuda, mps, xpu or cpu; empty picks the best there is. in_batches: for training or evaluation, not for
+    decoding. The compute dtype is `$NANOCHAT_DTYPE`, else what the device is fast at (`precision.choose_dtype`). Raises
+    UserError for what this machine does not have.
     """
     rank, world_size, local_rank = launch_ranks()
     device = find_device(device_type, local_rank)
@@ -202,6 +204,8 @@ def runtime(device_type: str = "", in_batches: bool = False) -> Iterator[Runtime
             f"--nproc_per_node: there are only {torch.accelerator.device_count()} GPUs for rank {local_rank}"
         )
     dtype = choose_dtype(device, in_batches)
+    if in_batches and device.type == "cpu":
+        keep_freed_memory()
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
     if device.type == "cuda":

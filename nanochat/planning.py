@@ -52,6 +52,11 @@ def model_shape(args: Namespace) -> dict[str, Any]:
     return given | {"laws": args.laws} | cli.architecture_switches(args)
 
 
+def base_config(args: Namespace, vocab_size: int) -> ModelConfig:
+    """The model that the flags come to."""
+    return scaling.model_config(args.depth, vocab_size, **model_shape(args))
+
+
 @dataclass(frozen=True)
 class BasePlan:
     """A model, how it is trained, and how many rows each device has of a step."""
@@ -70,9 +75,8 @@ def base_plan(
     """
     from nanochat.model.gpt import flops_per_token, scaling_parameters  # need torch, which takes seconds
 
-    shape = model_shape(args)
-    config = scaling.model_config(args.depth, vocab_size, **shape)
-    reference = scaling.model_config(scaling.REFERENCE_DEPTH, vocab_size, **shape)
+    config = base_config(args, vocab_size)
+    reference = scaling.model_config(scaling.REFERENCE_DEPTH, vocab_size, **model_shape(args))
     micro_batch = scaling.MicroBatch(config.sequence_len, world_size, args.device_batch_size or 1)
     if begun_batch:
         micro_batch.check(begun_batch, is_given=False)

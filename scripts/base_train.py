@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.tokenizer import Tokenizer
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
+    from nanochat.train.pace import expected_flops
     from nanochat.train.passes import Passes, rows_that_fit
     from nanochat.train.run import Run
 
@@ -48,17 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
         # The dial: a model of this depth, and the plan that its size and horizon ask for
+        model = build_model(planning.base_config(args, tokenizer.vocab_size), rt.device, rt.dtype, args.seed)
+        if args.fp8:
+            model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
         begun_batch = run.saved_plan.get("total_batch_tokens")
-        base = planning.base_plan(args, tokenizer.vocab_size, rt.world_size, rt.expected_flops, begun_batch)
+        pace = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
+        base = planning.base_plan(args, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
         rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, args.compile, args.fp8)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
         if args.time_budget is None:
             run.check_horizon(plan.num_steps)
-        model = build_model(config, rt.device, rt.dtype, args.seed)
-        if args.fp8:
-            model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(
             dict(model.named_parameters()), model.parameter_roles(), rates, rt, reduce_dtype(args.reduce_dtype)

@@ -23,7 +23,7 @@ from nanochat.common import print0
 from nanochat.evals.speed import optimizer_step
 from nanochat.forecast import Setup, forecast
 from nanochat.loader import Batch
-from nanochat.memory import high_water_bytes
+from nanochat.memory import high_water_bytes, keep_freed_memory
 from nanochat.parallel import Runtime
 
 
@@ -100,6 +100,7 @@ SHAPES = (
 def measure(shape: Shape) -> dict[str, int]:
     """One optimizer step of the shape in this process: `live_bytes` at its peak, `rss_bytes` of the whole process."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does
     setup, rt = shape.setup(), Runtime(torch.device("cpu"), torch.float32)
     with LiveBytes() as live:
         model, step = optimizer_step(setup.config, rt, passes=shape.passes)
