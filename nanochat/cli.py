@@ -263,7 +263,10 @@ def add_plan_flags(parser: Parser, eval_every: int, save_every: int) -> None:
     """Batch, learning rates and cadences. What is not given follows from the depth."""
     parser.flag("--num-iterations", unless_minus_one(positive_int), None, "optimizer steps")
     parser.flag(
-        "--device-batch-size", positive_int, None, f"rows per device and pass; else at most {DEVICE_BATCH_SIZE}"
+        "--device-batch-size",
+        positive_int,
+        None,
+        f"rows per device and pass; else what fits, on a CPU at most {DEVICE_BATCH_SIZE}",
     )
     parser.flag("--total-batch-size", unless_minus_one(positive_int), None, "tokens per step; else derived")
     parser.flag("--embedding-lr", positive_float, None, "token embeddings (value embeddings get half)")

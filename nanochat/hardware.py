@@ -118,6 +118,8 @@ def parse_machine(text: str) -> tuple[int, str]:
     if count < 1 or not name.isprintable() or (name.lower() != CPU and find_gpu(_spaced(name)) is None):
         known = ", ".join([CPU, *dict.fromkeys(gpu.name for gpu in GPUS)])
         raise UserError(f"--gpus={printable(text[:60])}: not a machine that is known; give NAME or 8xNAME of {known}")
+    if count > 1 and name.lower() == CPU:
+        raise UserError(f"--gpus={printable(text[:60])}: cpu is this machine with all its cores; there is one of it")
     return count, name
 
 

@@ -102,9 +102,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def free_memory_bytes() -> int | None:
-    """What this process may still take: of the machine, of its control group, of its own limit. None where unknown."""
-    found = [_free_of_machine(), _free_of_group(), _free_of_limit()]
+def free_memory_bytes(heed_limit: bool = True) -> int | None:
+    """What this process may still take: of the machine, of its control group, of its own limit. None where unknown.
+
+    heed_limit: of `ulimit -v`, too.
+    """
+    found = [_free_of_machine(), _free_of_group(), _free_of_limit() if heed_limit else None]
     return min((free for free in found if free is not None), default=None)
 
 
@@ -123,11 +126,31 @@ def machine_memory_bytes() -> int | None:
     return None
 
 
+def group_limit_bytes() -> int | None:
+    """What a container may take in all; None where there is no limit."""
+    limit = _group_number("memory.max", "memory.limit_in_bytes")
+    return limit if limit is not None and limit < 2**60 else None
+
+
 def _free_of_group() -> int | None:
-    """Of a container, by the second version of Linux's control groups."""
-    with suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))  # ValueError: the word "max"
-        return max(0, limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    limit, used = group_limit_bytes(), _group_number("memory.current", "memory.usage_in_bytes") or 0
+    return None if limit is None else max(0, limit - used + _cached_by_group())
+
+
+def _cached_by_group() -> int:
+    """Files that were read and that the kernel drops first; they count as used."""
+    for path in (Path("/sys/fs/cgroup/memory.stat"), Path("/sys/fs/cgroup/memory/memory.stat")):
+        with suppress(OSError, ValueError):
+            numbers = dict(line.split() for line in path.read_text(encoding="ascii").splitlines())
+            return int(numbers.get("total_inactive_file") or numbers["inactive_file"])
+    return 0
+
+
+def _group_number(name: str, old_name: str) -> int | None:
+    """A number of Linux's control group, in its second or first version."""
+    for path in (Path("/sys/fs/cgroup", name), Path("/sys/fs/cgroup/memory", old_name)):
+        with suppress(OSError, ValueError):  # ValueError: the word "max"
+            return int(path.read_text(encoding="ascii"))
     return None
 
 

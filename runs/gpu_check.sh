@@ -3,7 +3,7 @@
 #
 #     bash runs/gpu_check.sh                     with .venv if it is there, else python3
 #     PYTHON=/opt/torch/bin/python bash runs/gpu_check.sh
-#     OUT=FOLDER bash runs/gpu_check.sh          keep the output of every part there
+#     OUT=FOLDER bash runs/gpu_check.sh          keep the output of every part in FOLDER/gpu_check
 #
 # First the doctor, then the tests marked gpu (fp8, attention kernels, torch.compile, bfloat16 against float32, two
 # hundred steps of depth 12), then tokens per second, MFU and peak memory of depth 12 and 20 in bfloat16 and in FP8.
@@ -44,9 +44,10 @@ fi
 out="${OUT:-}"
 if [ -z "$out" ]; then
     out=$(mktemp -d)
-    trap 'rm -rf "$out"' EXIT
+    trap "rm -rf '$out'" EXIT
 fi
-mkdir -p "$out" && rm -f "$out"/*.log "$out"/*.code "$out"/*.seconds "$out"/*.xml
+out="$out/gpu_check" # of our own, so that what is removed is ours
+rm -rf "$out" && mkdir -p "$out"
 export NANOCHAT_BASE_DIR="$out/base"
 
 part() { # NAME SECONDS COMMAND...: its output, exit code and seconds go to the folder; 124: it ran out of time

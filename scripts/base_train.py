@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_process(args.offline)
     from nanochat.dataset import open_corpus
     from nanochat.evals.bpb import evaluate_bpb
+    from nanochat.kernels.attention_ladder import choose_attention
     from nanochat.kernels.fp8 import find_recipe
     from nanochat.loader import PretrainLoader, validation_batches
-    from nanochat.model.gpt import build_model
+    from nanochat.model.gpt import attention_case, build_model
     from nanochat.optim import MuonAdamW
     from nanochat.parallel import reduce_dtype, runtime
     from nanochat.tokenizer import Tokenizer
@@ -53,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.fp8:
             model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
         begun_batch = run.saved_plan.get("total_batch_tokens")
-        pace = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
+        guess = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
+        pace = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
         base = planning.base_plan(args, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
         rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, args.compile, args.fp8)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
+        inheritance["expected_flops"] = pace
         if args.time_budget is None:
             run.check_horizon(plan.num_steps)
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
@@ -90,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ),
                 "weight decay": (f"{plan.weight_decay:.4g}", False),
                 "device": (f"{rt.describe()}", bool(args.device_type)),
+                "attention": (choose_attention(attention_case(config, rt.device, rt.dtype)).name, False),
             }
         )
 

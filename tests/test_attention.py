@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from torch import Tensor
 
 from nanochat.config import ModelConfig
+from nanochat.evals.memory import LiveBytes
 from nanochat.kernels.attention_ladder import (
     LADDER,
     AttentionCase,
@@ -19,6 +20,7 @@ from nanochat.kernels.attention_ladder import (
     Kernel,
     Rung,
     choose_attention,
+    traced,
     try_rung,
 )
 from nanochat.kernels.flash_attention import CPU_BLOCK, Visibility, attention, attention_reference
@@ -219,6 +221,19 @@ def test_a_kernel_that_a_compiled_model_cannot_hold_in_one_piece_is_refused() ->
     assert "graph_break" in try_rung(Rung("breaks", lambda: breaking, is_traced=True), CASE)[1]
 
 
+@pytest.mark.filterwarnings("default")  # of the compiler's own imports
+def test_a_check_compiles_as_if_it_was_the_first_however_many_came_before() -> None:
+    """torch gives a piece of code up that was compiled eight times, with an error where it must be in one piece."""
+
+    def compiled(size: int) -> int:
+        def attend(x: Tensor) -> Tensor:
+            return x * size
+
+        return int(traced(attend, backend="eager")(torch.ones(size)).sum())
+
+    assert [compiled(size) for size in range(2, 14)] == [size * size for size in range(2, 14)]
+
+
 def test_a_rung_that_is_refused_beforehand_is_never_loaded() -> None:
     loaded: list[int] = []
     rung = Rung("far", lambda: loaded.append(1) or attention, obstacle=lambda case: f"not on {case.device}")
@@ -286,8 +301,6 @@ def test_a_model_is_built_with_the_chosen_kernel_and_computes_through_it() -> No
 
 # On a GPU -----------------------------------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def refused_or_not(name: str, case: AttentionCase) -> AbstractContextManager[None]:
     """Skips where the rung says beforehand that it is not made for this."""
@@ -297,13 +310,21 @@ def refused_or_not(name: str, case: AttentionCase) -> AbstractContextManager[Non
     return nullcontext()
 
 
+QUICK_RUNG_CASES = [
+    (torch.bfloat16, False, 1, 128),
+    (torch.bfloat16, True, 2, 64),
+    (torch.float16, False, 2, 128),
+    (torch.float32, True, 1, 64),
+]
+RUNG_CASES = [
+    pytest.param(*case, marks=[] if case in QUICK_RUNG_CASES else [pytest.mark.slow])  # FlexAttention compiles each
+    for case in product((torch.bfloat16, torch.float16, torch.float32), (False, True), (1, 2), (16, 64, 128))
+]
+
+
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("dtype", "documents", "groups", "head_dim"), RUNG_CASES)
 @pytest.mark.parametrize("name", ["FlashAttention 3", "FlexAttention", "SDPA"])
 def test_every_rung_passes_its_check_on_a_gpu(
     name: str, dtype: torch.dtype, documents: bool, groups: int, head_dim: int
@@ -317,7 +338,6 @@ def test_every_rung_passes_its_check_on_a_gpu(
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ROWS)
 def test_flex_attention_outside_of_a_compiled_model_equals_the_textbook(kind: str) -> None:
@@ -337,7 +357,6 @@ def test_flex_attention_outside_of_a_compiled_model_equals_the_textbook(kind: st
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["FlashAttention 3", "FlexAttention", "SDPA"])
 def test_a_window_of_a_long_row_takes_little_memory_on_a_gpu(name: str) -> None:
@@ -357,7 +376,6 @@ def test_a_window_of_a_long_row_takes_little_memory_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("doc_mask", [False, True])
 def test_a_compiled_model_with_the_chosen_kernel_has_the_gradients_of_the_textbook(doc_mask: bool) -> None:

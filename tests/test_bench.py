@@ -160,7 +160,7 @@ def test_time_to_bpb_trains_every_seed_in_a_folder_of_its_own(
         curve = run["over_time"]
         assert run["val_bpb"].keys() == {"first_tokens", "reference_rows", "whole_documents"}
         assert curve[0]["step"] == 0 and curve[-1]["val_bpb"] == run["val_bpb"]["first_tokens"] < curve[0]["val_bpb"]
-        assert run["seconds"] == run["startup_s"] + run["train_s"] == pytest.approx(BUDGET_S, rel=0.3)
+        assert run["seconds"] == run["startup_s"] + run["train_s"] > 0.9 * BUDGET_S
         assert [point["train_s"] for point in curve] == sorted(point["train_s"] for point in curve)
         assert run["tokens"] == 128 * run["steps"] and run["train_s"] < run["wall_s"]
     assert runs[0]["val_bpb"] != runs[1]["val_bpb"]

@@ -164,7 +164,6 @@ def test_torchs_scaled_product_on_this_cpu_gives_the_emulated_numbers(name: str)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BY_NAME
 def test_the_hardware_gives_the_emulated_numbers(name: str) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
@@ -173,7 +172,6 @@ def test_the_hardware_gives_the_emulated_numbers(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BY_NAME
 def test_a_model_learns_in_fp8_on_a_gpu_through_the_compiler(name: str) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
@@ -184,7 +182,6 @@ def test_a_model_learns_in_fp8_on_a_gpu_through_the_compiler(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BY_NAME
 def test_a_gpu_has_fp8_exactly_where_its_makers_say_so(name: str) -> None:
     if torch.cuda.get_device_capability() >= (8, 9):

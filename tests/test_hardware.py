@@ -54,7 +54,6 @@ def test_no_entry_of_the_table_hides_a_later_one() -> None:
         ("4*A100-SXM4-80GB", 4, "A100"),
         ("h100-pcie", 1, "H100-PCIE"),
         ("cpu", 1, "cpu"),
-        ("2xCPU", 2, "cpu"),
     ],
 )
 def test_a_machine_is_read_as_people_write_it(text: str, count: int, name: str) -> None:

@@ -128,6 +128,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "told"),
     [
         (["--gpus=9xH999"], "--gpus=9xH999: not a machine that is known; give NAME or 8xNAME of cpu, GB200, "),
+        (["--gpus=2xcpu"], "--gpus=2xcpu: cpu is this machine with all its cores; there is one of it"),
         (["--gpus=cpu", "--utilisation=0.5"], "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"),
         (["--gpus=3xH100", "--total-batch-size=4096"], "--total-batch-size: 4096 must be a multiple of 6144 tokens"),
         (["--num-iterations=3", "--time-budget=3"], "--num-iterations, --time-budget: give one of them"),

@@ -18,7 +18,7 @@ from nanochat.common import UserError
 from nanochat.loader import Batch
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime, find_device, runtime
-from nanochat.precision import CPU_FEATURES, LossScaler, choose_dtype, cpu_features, features_in, speedup
+from nanochat.precision import CPU_FEATURES, LossScaler, choose_dtype, features_in, speedup
 from nanochat.scaling import BaseRates
 from nanochat.train.loop import Loop, Progress
 from nanochat.train.step import Skipped, train_step
@@ -43,27 +43,26 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("plain_cpu")
-def test_a_cpu_without_bfloat16_never_computes_in_it_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "speedup", lambda *_: pytest.fail("there is nothing to probe"))
+def test_a_cpu_without_bfloat16_never_computes_in_it_unless_told() -> None:
     assert choose_dtype(CPU, in_batches=True) == torch.float32
 
 
-@pytest.mark.parametrize(("times", "chosen"), [(2.0, torch.bfloat16), (1.1, torch.float32), (0.03, torch.float32)])
-def test_a_cpu_that_has_bfloat16_computes_in_it_only_if_a_probe_finds_it_clearly_faster(
-    times: float, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("features", "chosen"),
+    [({"avx2", "avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16), ({"bf16", "i8mm"}, torch.float32)],
+)
+def test_a_cpu_with_fast_bfloat16_trains_in_it_and_no_clock_is_asked(
+    features: set[str], chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_features", lambda: {"avx512_bf16"})
-    monkeypatch.setattr(precision, "speedup", lambda *_: times)
+    monkeypatch.setattr(precision, "cpu_features", lambda: features)
+    monkeypatch.setattr(precision, "speedup", lambda *_: pytest.fail("a busy moment must not decide"))
     assert choose_dtype(CPU, in_batches=True) == chosen
     assert choose_dtype(CPU) == torch.float32, "decoding casts all weights for every token"
 
 
-def test_this_machines_choice_is_backed_by_its_instructions_and_its_clock() -> None:
+def test_this_machines_choice_is_backed_by_its_clock() -> None:
     if choose_dtype(CPU, in_batches=True) == torch.bfloat16:
-        assert cpu_features() & CPU_FEATURES[torch.bfloat16]
         assert speedup(CPU, torch.bfloat16) > 1
-    else:
-        assert choose_dtype(CPU, in_batches=True) == torch.float32
 
 
 def test_instruction_sets_are_read_from_what_linux_tells() -> None:
@@ -132,7 +131,6 @@ def test_a_device_that_is_not_there_is_told_what_is() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu_gets_a_dtype_that_it_computes_in() -> None:
     with runtime("cuda") as rt:
         assert rt.dtype == (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32)
@@ -181,7 +179,6 @@ def test_the_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps() -> 
     for _ in range(40 * precision.GROWTH_STEPS):
         scaler.update(overflowed=False)
     assert scaler.scale == precision.LARGEST_SCALE
-    assert not scaler.is_exhausted
 
 
 def test_gradients_that_would_vanish_in_float16_are_lifted_over_its_smallest_number() -> None:
@@ -261,14 +258,15 @@ def test_a_skipped_step_is_on_record_and_leaves_the_mean_loss_alone() -> None:
 def test_a_scale_that_falls_to_its_minimum_ends_the_run() -> None:
     model, optimizer = half_training()
     before = weights_of(model)
-    broken = lambda *batch: model.loss(*batch) * math.nan  # noqa: E731
+    model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
     steps = []
     with pytest.raises(
-        FloatingPointError, match=r"step 15: gradients overflow in float16 whatever the loss scale.*nan"
+        FloatingPointError, match=r"step 16: gradients overflow in float16 at the smallest loss scale \(the loss is 4"
     ):
         for i in range(20):
-            steps.append(train_step(broken, batches(8), optimizer, PLAN.at(i), HALF, step=i))
-    assert len(steps) == 15 and all(isinstance(step, Skipped) for step in steps)
+            steps.append(train_step(model.loss, batches(8), optimizer, PLAN.at(i), HALF, step=i))
+    assert len(steps) == 16 and all(isinstance(step, Skipped) for step in steps)
+    assert optimizer.loss_scaler is not None and optimizer.loss_scaler.scale == 1.0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -350,7 +348,7 @@ class Stream:
         return {"loader": "test", "epoch": 2, "row": self.row}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_loss_that_is_not_finite_tells_step_and_batch_and_what_to_do(dtype: torch.dtype) -> None:
     model, _ = tiny_training(dtype=dtype)
     rt = Runtime(CPU, dtype)
@@ -375,7 +373,8 @@ def test_a_loss_that_is_not_finite_tells_step_and_batch_and_what_to_do(dtype: to
     ):
         assert part in str(told.value)
     assert all(torch.equal(p, before[name]) or name == "wte.weight" for name, p in model.named_parameters())
-    assert all(p.grad is None for p in model.parameters()) and not any(t.any() for t in optimizer.state_dict().values())
+    moments = [t for name, t in optimizer.state_dict().items() if not name.startswith("loss_scaler")]
+    assert all(p.grad is None for p in model.parameters()) and not any(t.any() for t in moments)
 
 
 def faulty(rt: Runtime, folder: Path) -> dict[str, Tensor]:

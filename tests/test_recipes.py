@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.checkpoint import find_checkpoint, run_folder, saved_steps
-from nanochat.common import UserError
+from nanochat.common import UserError, read_record, record_path
 from scripts import base_loss, base_train, chat_cli, chat_sft, tok_eval, tok_train
 
 REPO = Path(__file__).resolve().parents[1]
@@ -109,8 +109,11 @@ def test_a_finished_run_is_not_taken_for_one_on_other_text_or_another_base(
 def test_a_time_budget_is_kept(text: Path) -> None:
     base_train.main([*TINY, f"--data-dir={text}", "--time-budget=2", "--eval-every=-1"])
     records = metrics("base")
-    assert records[-1]["train_s"] == pytest.approx(2, rel=0.3)
-    assert records[-2]["lr"] < 0.2  # the schedule came to its end
+    record = read_record(record_path("base_train"))
+    longest_s = max(step["step_s"] for step in records[:-1])
+    assert record["startup_s"] > 0
+    assert 2 - longest_s < record["startup_s"] + record["train_s"] < 2 + record["startup_s"] + 2 * longest_s
+    assert records[-2]["lr"] < 0.2 or len(records) < 20  # the schedule came to its end, unless there was no time for it
 
 
 @pytest.mark.usefixtures("tokenizer")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.dataset import open_corpus
+from nanochat.common import UserError
+from nanochat.dataset import Split, open_corpus
 from nanochat.evals.reference_rows import REFILL_DOCUMENTS, best_fit_cropped_rows, reference_batches, refills
 from nanochat.tokenizer import Tokenizer
 from scripts import base_loss
@@ -53,6 +54,11 @@ def test_refills_do_not_cross_blocks_and_go_on_for_ever(text: Path, learned: Tok
         if seen >= 2 * total:
             break
     assert seen == 2 * total and max(sizes) <= REFILL_DOCUMENTS
+
+
+def test_a_side_without_documents_is_an_error(learned: Tokenizer) -> None:
+    with pytest.raises(UserError, match="the val side holds no document"):
+        next(refills(Split("val", ()), learned))
 
 
 def test_batches_score_every_place_of_full_rows(text: Path, learned: Tokenizer) -> None:

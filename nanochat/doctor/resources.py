@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nanochat.common import atomic_write, base_dir
 from nanochat.doctor.result import Request, Result
+from nanochat.memory import free_memory_bytes, group_limit_bytes, machine_memory_bytes
 
 TOUCHED_BYTES = 2**30
 WRITTEN_BYTES = 2**26
@@ -23,8 +24,8 @@ KEPT = 4  # checkpoints at a time: the last two, the best one, and the one being
 
 def memory(request: Request) -> Result:
     """A quarter of what is free, at most 1 GiB, is taken and every page of it touched."""
-    total, free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), free_bytes()
-    limit = group_limit()
+    total, limit = machine_memory_bytes() or 0, group_limit_bytes()
+    free = free_memory_bytes(heed_limit=False) or 0  # a limit is met by trying
     size = min(TOUCHED_BYTES, max(2**24, free // 4))
     seen = f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
     seen += f", this container may take {limit / 1e9:.1f} GB" if limit is not None and limit < total else ""
@@ -49,36 +50,14 @@ def touch(size: int) -> None:
             pages[start] = 1
 
 
-def free_bytes() -> int:
-    """What can be taken without swapping: of the machine, and of the control group."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    limit = group_limit()
-    return free if limit is None else min(free, limit - group_number("memory.current", "memory.usage_in_bytes"))
-
-
-def group_limit() -> int | None:
-    """Bytes that the container may use, None where there is no limit."""
-    limit = group_number("memory.max", "memory.limit_in_bytes")
-    return limit if 0 < limit < 2**60 else None
-
-
-def group_number(name: str, old_name: str) -> int:
-    """A number of the control group, in its second or first version; 0 without one."""
-    for path in (Path("/sys/fs/cgroup", name), Path("/sys/fs/cgroup/memory", old_name)):
-        with suppress(OSError, ValueError):  # ValueError: the word "max"
-            return int(path.read_text(encoding="ascii"))
-    return 0
-
-
 # Disk ------------------------------------------------------------------------------------------------------------
 
 
 def disk(request: Request) -> Result:
     """A file is written as every checkpoint is, synced, read back and compared; then it is removed again."""
+    from nanochat.forecast import exact_sizes
+    from nanochat.scaling import model_config
+
     folder = base_dir()
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     content, path = os.urandom(WRITTEN_BYTES), folder / f".doctor.{os.getpid()}"
@@ -95,7 +74,8 @@ def disk(request: Request) -> Result:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()
-    checkpoint = checkpoint_bytes(DEPTH)
+    sizes = exact_sizes(model_config(DEPTH))
+    checkpoint = sizes.weights + sizes.state
     seen = f"{folder}: writes {write_rate / 1e6:,.0f}, reads {read_rate / 1e6:,.0f} MB/s; {free / 1e9:,.1f} GB free"
     seen += f", a run of depth {DEPTH} keeps {KEPT} checkpoints of {checkpoint / 1e9:.1f} GB"
     rates = {"write_bytes_per_s": write_rate, "read_bytes_per_s": read_rate}
@@ -119,13 +99,3 @@ def read_back(path: Path, content: bytes) -> tuple[bool, float]:
         began = time.perf_counter()
         found = file.readall()
         return found == content, len(content) / (time.perf_counter() - began)
-
-
-def checkpoint_bytes(depth: int) -> int:
-    """Weights and optimizer state, all float32: one moment where Muon steps, two elsewhere."""
-    from nanochat.model.gpt import predict_parameters
-    from nanochat.optim import ROLE_SETTINGS
-    from nanochat.scaling import model_config
-
-    counts = predict_parameters(model_config(depth))
-    return sum(count * (8 if ROLE_SETTINGS[role] is None else 12) for role, count in counts.items())

@@ -30,12 +30,12 @@ from nanochat.parallel import Runtime
 class LiveBytes(TorchDispatchMode):
     """Counts the storages that live: those that were made in the block, or that `add` was told of.
 
-    now, peak: bytes; `restart_peak` begins a new peak.
+    now, peak: bytes; largest: of a single one; `restart_peak` begins a new peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.largest = 0
         self._sizes: dict[int, int] = {}  # by the storage's address
 
     def add(self, tensor: Tensor) -> None:
@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._sizes[key] = size
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
         weakref.finalize(storage, self._forget, key)
 
     def restart_peak(self) -> None:
@@ -60,9 +60,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        given = {part.untyped_storage()._cdata for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)}
         made = func(*args, **(kwargs or {}))
         for part in tree_leaves(made):
-            if isinstance(part, Tensor):
+            if isinstance(part, Tensor) and part.untyped_storage()._cdata not in given:
                 self.add(part)
         return made
 

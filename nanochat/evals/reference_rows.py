@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from nanochat.common import UserError
 from nanochat.dataset import Split
 from nanochat.loader import Batch
 from nanochat.tokenizer import Tokenizer
@@ -33,11 +34,15 @@ def reference_batches(
 
 def refills(split: Split, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
     """Documents behind a BOS in file order, again and again, 128 at a time; no refill crosses a block of a file."""
+    is_empty = True
     while True:
         for block in split.blocks():
             documents = iter(block.read())
             while some := list(islice(documents, REFILL_DOCUMENTS)):
+                is_empty = False
                 yield tokenizer.encode_batch(some, prepend=tokenizer.bos)
+        if is_empty:
+            raise UserError(f"the {split.name} side holds no document to score; give text that is not empty")
 
 
 def best_fit_cropped_rows(

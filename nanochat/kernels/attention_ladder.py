@@ -15,6 +15,7 @@ survive is a kernel that kills its process or leaves the device in a state in wh
 
 import functools
 import importlib
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +215,17 @@ def with_gradients(
         return kernel(q, k, v, Visibility(positions, positions, window, documents, is_row=True))
 
     q, k, v = (t.requires_grad_() for t in tensors[:3])
-    function = torch.compile(attend, dynamic=False, fullgraph=True) if is_traced else attend
-    out = function(q, k, v)
+    out = traced(attend)(q, k, v) if is_traced else attend(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), tensors[3])]
+
+
+def traced(function: Callable[..., Tensor], backend: str = "inductor") -> Callable[..., Tensor]:
+    """`function` compiled in one piece, as if it was the first: the compiler counts how often it has compiled the same
+    code, gives up at the ninth time, and cases are not told apart by it."""
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
+    )
+    return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
 
 
 def tolerance(case: AttentionCase) -> float:

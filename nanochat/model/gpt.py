@@ -78,10 +78,12 @@ class GPT(nn.Module):
             self.wte.roles = {"weight": "lm_head"}
 
     def use_fp8(self, recipe: Recipe | None) -> None:
-        """Train the layers that gain by it in FP8, the head included; None: no longer."""
-        for module in self.modules():
-            if isinstance(module, Linear) and is_eligible(module.weight):
-                module.fp8 = recipe
+        """Train the layers that gain by it in FP8, the head included; None: no longer. UserError where none does."""
+        eligible = [m for m in self.modules() if isinstance(m, Linear) and is_eligible(m.weight)]
+        if not eligible:
+            raise UserError("--fp8: every layer of this model is too narrow for it (128 at least); leave it out")
+        for module in eligible:
+            module.fp8 = recipe
 
     # Forward -------------------------------------------------------------------------------------------------------
 

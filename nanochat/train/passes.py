@@ -99,7 +99,7 @@ class Passes:
                     raise
                 is_torn = optimizer is not None and optimizer.is_stepping  # it holds no activations, but new weights
                 if self._is_proven or is_torn or self._rt.world_size > 1 or self.rows == 1:
-                    raise self._refusal(is_torn) from error
+                    raise self._refusal(error, is_torn) from error
             # Behind the handler: the error held the frames that held the activations.
             if optimizer is not None:
                 optimizer.zero_grad()
@@ -157,8 +157,9 @@ class Passes:
             return False
         return True
 
-    def _refusal(self, is_torn: bool = False) -> MemoryError:
-        where = f"rank {self._rt.rank}: {self._rt.device} is out of memory"
+    def _refusal(self, cause: BaseException | None = None, is_torn: bool = False) -> MemoryError:
+        told = " ".join(str(cause or "").split())
+        where = f"rank {self._rt.rank}: {self._rt.device} is out of memory" + (f" ({told:.100})" if told else "")
         if is_torn:
             return MemoryError(
                 f"{where} in the optimizer's update, which needs as much whatever the rows: lower --depth"

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanochat.loader import Batch
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
+from nanochat.precision import LAST_SCALE
 from nanochat.scaling import Multipliers
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, targets, document ids -> summed nats
@@ -65,7 +66,7 @@ def train_step(
         (loss * optimizer.loss_scale).backward()
         losses.append(loss.detach())
     mean_loss = rt.sum(sum(losses, torch.zeros((), device=rt.device))).item()
-    if not math.isfinite(mean_loss) and optimizer.loss_scaler is None:
+    if not math.isfinite(mean_loss):  # whatever the loss scale: only gradients depend on it
         optimizer.zero_grad()
         raise diverged(step, f"the loss is {mean_loss}, {first_fault(losses, rt)}", rows_from)
     scale = optimizer.loss_scale
@@ -73,10 +74,9 @@ def train_step(
     optimizer.zero_grad()
     if is_updated:
         return mean_loss
-    if optimizer.loss_scaler is not None and optimizer.loss_scaler.is_exhausted:
-        raise diverged(
-            step, f"gradients overflow in float16 whatever the loss scale (the loss is {mean_loss})", rows_from
-        )
+    if scale <= LAST_SCALE:
+        what = f"gradients overflow in float16 at the smallest loss scale (the loss is {mean_loss})"
+        raise diverged(step, what, rows_from)
     return Skipped(f"gradients overflowed at loss scale {scale:g}")
 
 
