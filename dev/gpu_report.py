@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import xml.etree.ElementTree as ET
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,24 @@ LAST_WORDS = 15  # lines of a part that failed
 
 
 def read_part(folder: Path, name: str) -> dict[str, Any]:
-    """Exit code, seconds, and the JSON object on the last line where there is one."""
+    """Exit code, seconds, and the JSON object at the end where there is one."""
     lines = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
     code = int((folder / f"{name}.code").read_text())
     part: dict[str, Any] = {"name": name, "code": code, "seconds": int((folder / f"{name}.seconds").read_text())}
-    if lines and lines[-1].startswith("{"):
-        part["result"] = json.loads(lines[-1])
+    if result := last_object(lines):
+        part["result"] = result
     if code:
         part["last_words"] = lines[-LAST_WORDS:]
     return part
+
+
+def last_object(lines: list[str]) -> dict[str, Any] | None:
+    """The last line that is one. Something may warn behind it, and what ran out of time may leave half of it."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return None
 
 
 def count_tests(folder: Path) -> dict[str, Any]:
@@ -76,8 +86,9 @@ def report(folder: Path, device: str, seconds: int) -> dict[str, Any]:
     """Everything; `ok` where every part left with 0 and, on a GPU, tests have run."""
     parts = {path.stem: read_part(folder, path.stem) for path in sorted(folder.glob("*.code"))}
     tests = count_tests(folder)
-    speeds = [speed(part) for name, part in parts.items() if "-" in name and part["code"] == 0]
-    failed = [name for name, part in parts.items() if part["code"]]
+    benchmarks = {name: part for name, part in parts.items() if "-" in name}
+    speeds = [speed(part) for part in benchmarks.values() if part["code"] == 0 and "result" in part]
+    failed = [name for name, part in parts.items() if part["code"] or (name in benchmarks and "result" not in part)]
     if device == "cuda" and not tests["passed"] and "training" not in failed:
         failed.append("training")  # all its tests were skipped: nothing was found out
     machine = next((part["result"]["machine"] for part in parts.values() if "machine" in part.get("result", {})), {})
@@ -91,6 +102,7 @@ def show(found: dict[str, Any]) -> None:
     for name in found["failed"]:
         part = found["parts"][name]
         why = "ran out of time" if part["code"] in (124, 137) else f"left with code {part['code']}"
+        why = why if part["code"] else "has found nothing out"
         print(f"\n{name} {why}:", *part.get("last_words", []), sep="\n    ")
     name = ", ".join(machine.get("gpus", [])) or machine.get("processor", "?")
     commit = (found["commit"] or "?")[:10] + ("+changes" if (found["commit"] or "").endswith("+changes") else "")

@@ -25,6 +25,7 @@ from nanochat.memory import MemoryWatch
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 PROCESS_BEGAN = time.perf_counter()  # near enough: recipes import this module before all that takes time
+PARENT = os.getppid()  # who has started this process
 
 
 class UserError(ValueError):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nanochat.common import print0
+from nanochat.memory import machine_memory_bytes
 from nanochat.parallel import Runtime
 
 # (M, K, N) of matrix products that are fast: like a small model's MLP, and square. A GPU needs larger ones.
@@ -33,11 +34,10 @@ def describe_machine() -> dict[str, Any]:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
     return {
         "processor": processor,
         "cores": os.cpu_count(),
-        "memory_bytes": pages * os.sysconf("SC_PAGE_SIZE") if pages else None,
+        "memory_bytes": machine_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

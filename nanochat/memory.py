@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 
 class MemoryWatch:
@@ -87,6 +88,13 @@ def high_water_bytes() -> int:
     return peak_rss_bytes()
 
 
+def resident_bytes() -> int:
+    """What this process holds now, freed memory that it keeps included; where only a peak is told, that."""
+    with suppress(OSError):
+        return _own_bytes("resident")
+    return peak_rss_bytes()
+
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -154,7 +162,7 @@ def _group_number(name: str, old_name: str) -> int | None:
     return None
 
 
-THREADS_BYTES = 2**29  # of addresses: each thread's heap takes 64 MiB of them before it holds anything
+THREADS_BYTES = 2**29  # of addresses, for eight threads: each one's heap takes 64 MiB of them before it holds anything
 
 
 def _free_of_limit() -> int | None:
@@ -165,7 +173,11 @@ def _free_of_limit() -> int | None:
     if limit == resource.RLIM_INFINITY:
         return None
     with suppress(OSError):
-        return max(
-            0, limit - int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        )
+        return max(0, limit - _own_bytes("addresses") - THREADS_BYTES)
     return limit
+
+
+def _own_bytes(what: Literal["addresses", "resident"]) -> int:
+    """Of this process, now, from Linux's /proc."""
+    addresses, resident = Path("/proc/self/statm").read_text(encoding="ascii").split()[:2]
+    return int(addresses if what == "addresses" else resident) * os.sysconf("SC_PAGE_SIZE")

@@ -9,6 +9,7 @@ W ranks never train W different models by mistake.
 
 import ctypes
 import hashlib
+import os
 import re
 import signal
 import sys
@@ -22,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import LostRank, Stopped, UserError, launch_ranks, print0
+from nanochat.common import PARENT, LostRank, Stopped, UserError, launch_ranks, print0
 from nanochat.hardware import expected_flops, peak_flops
 from nanochat.memory import keep_freed_memory
-from nanochat.precision import DTYPES, choose_dtype, synchronize
+from nanochat.precision import DTYPES, choose_dtype, dtype_name, synchronize
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -86,7 +87,7 @@ class Runtime:
 
     def describe(self) -> str:
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
-        return f"{device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}{ranks}"
+        return f"{device_name(self.device)}, {dtype_name(self.dtype)}{ranks}"
 
     def compile(
         self, function: Function, mode: str = "auto", backend: "str | Callable[..., Any]" = "inductor"
@@ -229,6 +230,10 @@ def runtime(device_type: str = "", in_batches: bool = False) -> Iterator[Runtime
 
 def join_ranks(device: torch.device) -> None:
     """Make this process one of the job's ranks."""
+    # Its functions have the group of this moment as a default and would hold it to the end of the process, if the
+    # compiler imported them later: gloo's threads then outlive the group, and one that wakes while Python ends aborts.
+    import torch.distributed.nn.functional  # noqa: F401
+
     end_with_launcher()
     is_cuda = device.type == "cuda"
     dist.init_process_group(
@@ -245,6 +250,15 @@ def agreed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return order[int(first)]
 
 
+def from_all_ranks(text: str) -> list[str]:
+    """What each rank has to say, in their order. Every rank must call this; a process alone is the only rank."""
+    if not dist.is_initialized():
+        return [text]
+    texts: list[Any] = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
 def leave_ranks(world_size: int) -> None:
     """Take the process group down, with all other ranks."""
     if world_size > 1:
@@ -252,9 +266,15 @@ def leave_ranks(world_size: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """Ask Linux for a SIGTERM when torchrun dies: ranks that outlive it would train on, unseen by a second start."""
+    """Ask Linux for a SIGTERM when torchrun dies: ranks that outlive it would train on, unseen by a second start.
+
+    Of a torchrun that has died since this process began, nobody would tell us any more: another process is our parent
+    by now, the system's first one or whoever else collects orphans.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != PARENT:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def tell_once(error: Exception, rank: int) -> Exception:

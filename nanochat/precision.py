@@ -51,9 +51,7 @@ def choose_dtype(device: torch.device, in_batches: bool = False) -> torch.dtype:
     wish = requested_dtype()
     if wish is None:
         return fastest_dtype(device, in_batches)
-    if wish not in DTYPES:
-        raise UserError(f"NANOCHAT_DTYPE={wish}: choose one of {', '.join(DTYPES)}")
-    dtype = DTYPES[wish]
+    dtype = find_dtype(wish)
     if not can_compute(device, dtype):
         raise UserError(f"NANOCHAT_DTYPE={wish}: {device.type} here cannot do it; the next best is {NEXT_BEST[dtype]}")
     if device.type == "cpu" and dtype in CPU_FEATURES and not cpu_features() & CPU_FEATURES[dtype]:
@@ -63,6 +61,18 @@ def choose_dtype(device: torch.device, in_batches: bool = False) -> torch.dtype:
             f"take about {slowdown:.0f} times as long as in float32"
         )
     return dtype
+
+
+def find_dtype(wish: str) -> torch.dtype:
+    """The dtype that `$NANOCHAT_DTYPE` names. Raises UserError where it names none."""
+    if wish not in DTYPES:
+        raise UserError(f"NANOCHAT_DTYPE={wish}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[wish]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `$NANOCHAT_DTYPE` has it: bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def fastest_dtype(device: torch.device, in_batches: bool) -> torch.dtype:

@@ -37,11 +37,12 @@ class Laws:
     scale_vocab: vocabulary grows with depth. follow_horizon: batch and decay use the real number of tokens.
     fit_short_runs: warm-ups are at most a fraction of the run. flat_lr_tokens: learning rates are the same for all
     batches from this one up to the reference's; the square root all the way costs 0.27 bits per byte at 4,096 tokens
-    (dev/LOG.md 2026-11-21). key_offset: models have `ModelConfig.key_offset`. sft_batch_exponent: in fine-tuning, rates
-    go with this power of a batch below the reference's. sft_weight_decay: Muon's in fine-tuning; without it the
-    matrices grew to four times their size in 3,000 steps.
-    backout_min_depth: shallower models do without backout. At depth 2 the middle layer is the last: what is taken out
-    is the state itself, its share drifts past 1, and the state flips its sign (the loss jumped from 5.9 to 12).
+    (dev/LOG.md 2026-11-21; measured at depths 2 and 4, batches of 1,024 to 4,096 tokens). key_offset: models have
+    `ModelConfig.key_offset`. sft_batch_exponent: in fine-tuning, rates go with this power of a batch below the
+    reference's. sft_weight_decay: Muon's in fine-tuning; without it the matrices grew to four times their size in 3,000
+    steps. backout_min_depth: shallower models do without backout. At depth 2 the middle layer is the last: what is
+    taken out is the state itself, its share drifts past 1, and the state flips its sign (the loss jumped from 5.9 to
+    12).
     """
 
     scale_vocab: bool

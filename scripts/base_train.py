@@ -53,12 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(planning.base_config(args, tokenizer.vocab_size), rt.device, rt.dtype, args.seed)
         if args.fp8:
             model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
+        loss_fn = rt.compile(model.loss, args.compile)
         begun_batch = run.saved_plan.get("total_batch_tokens")
         guess = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
         pace = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
         base = planning.base_plan(args, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, args.compile, args.fp8)
+        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, args.fp8)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
         inheritance["expected_flops"] = pace
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loader = PretrainLoader(corpus.train, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         passes = Passes(loader, rt, rows, rows_per_step, config.sequence_len, args.device_batch_size is not None)
-        loss_fn = rt.compile(model.loss, args.compile)
+        passes.rehearse(loss_fn, optimizer)
         steps = (
             f"{plan.num_steps:,}" if args.time_budget is None else f"about {plan.num_steps:,} in {args.time_budget:g} s"
         )
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "FLOPs per token": (f"{model.flops_per_token():.3g}", False),
                 "data": (corpus.describe(), bool(args.data_dir)),
                 "batch": (f"{plan.total_batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{rows} rows, passes: {passes.count}", args.device_batch_size is not None),
+                "device batch": (f"{passes.rows} rows, passes: {passes.count}", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "tokens": (f"{plan.num_steps * plan.total_batch_tokens:,}", args.num_iterations is not None),
                 "learning rates": (

@@ -69,13 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_tokens = begun_batch or args.total_batch_size or micro_batch.nearest(inherited["total_batch_tokens"])
         micro_batch.check(batch_tokens, is_given=not begun_batch)
         rows_per_step = batch_tokens // (config.sequence_len * rt.world_size)
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, args.compile, args.fp8)
-        loader = ConversationLoader(train_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size, args.seed)
+        shape = (1, config.sequence_len, rt.rank, rt.world_size)  # how many rows fit shows when the model is there
+        loader = ConversationLoader(train_set, tokenizer, *shape, args.seed)
         run.check_inputs({"base model": base.fingerprint, "set of conversations": loader.fingerprint})
         if run.is_finished:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
-        val_loader = ConversationLoader(val_set, tokenizer, rows, config.sequence_len, rt.rank, rt.world_size)
+        val_loader = ConversationLoader(val_set, tokenizer, *shape)
         num_steps = args.num_iterations or max(
             1, round((args.num_epochs or 1.0) * loader.num_rows / (rows_per_step * rt.world_size))
         )
@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = base.build_model(rt.device, rt.dtype)
         if args.fp8:
             model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
+        loss_fn = rt.compile(model.loss, args.compile)
+        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, args.fp8)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(
@@ -92,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         progress = Progress(**run.restore(model, optimizer, loader, tokenizer))
         passes = Passes(loader, rt, rows, rows_per_step, config.sequence_len, args.device_batch_size is not None)
-        loss_fn = rt.compile(model.loss, args.compile)
+        passes.rehearse(loss_fn, optimizer)
         steps = f"{num_steps:,}" if args.time_budget is None else f"as many as {args.time_budget:g} s allow"
         cli.report(
             {
                 "base model": (str(base.folder), bool(args.base_tag)),
                 "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
                 "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{rows} rows, passes: {passes.count}", args.device_batch_size is not None),
+                "device batch": (f"{passes.rows} rows, passes: {passes.count}", args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "device": (rt.describe(), bool(args.device_type)),
             }

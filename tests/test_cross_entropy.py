@@ -15,6 +15,7 @@ from nanochat.kernels.cross_entropy import (
     GPU,
     IGNORED,
     Chunking,
+    headroom,
     summed_loss,
     summed_loss_reference,
     token_losses,
@@ -101,6 +102,39 @@ def test_a_loss_scale_saves_fp16_gradients_that_would_be_0_without_it() -> None:
     )
     assert (without == 0).float().mean() > 0.3
     assert (scaled.double() / (2.0**20 * small) - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("chunk", [30_000, 7_000])
+def test_the_gradient_of_a_frequent_token_does_not_overflow_fp16_within_a_chunk(chunk: int) -> None:
+    """27,000 of 30,000 targets are one token, in hidden states that share a direction: its row is four times 65,504."""
+    rng, scale, positions = torch.Generator().manual_seed(0), 1 / 16, 30_000
+    states = 0.5 * torch.randn(positions, CHANNELS, generator=rng)
+    states[:, 3] = 10.0
+    targets = torch.randint(0, VOCAB, (positions,), generator=rng)
+    targets[: positions * 9 // 10] = 7
+    weight = 0.001 * torch.randn(PADDED, CHANNELS, generator=rng)
+
+    def gradients(dtype: torch.dtype, function: Callable[..., Tensor], **options: object) -> tuple[Tensor, Tensor]:
+        head = Linear(CHANNELS, PADDED).to(torch.promote_types(dtype, torch.float32))
+        with torch.no_grad():
+            head.weight.copy_(weight)
+        hidden = states.half().to(dtype).requires_grad_()
+        (function(hidden, targets, head, VOCAB, 15.0, **options) * scale).backward()
+        assert hidden.grad is not None and head.weight.grad is not None
+        return hidden.grad, head.weight.grad
+
+    exact = gradients(torch.float64, summed_loss_reference)
+    plain = gradients(torch.float16, summed_loss_reference)
+    found = gradients(torch.float16, summed_loss, chunking=chunks_of(chunk, 500))
+    assert exact[1].abs().max() / scale > 4 * 65_504 > 4 * exact[1].abs().max()
+    for a, b, c in zip(found, plain, exact):
+        assert (a.double() - c).norm() <= torch.finfo(torch.float16).eps * c.norm()
+        assert (b.double() - c).norm() <= torch.finfo(torch.float16).eps * c.norm()  # nor does it by way of all logits
+
+
+def test_slopes_are_made_smaller_only_where_a_sum_could_overflow() -> None:
+    ones = torch.ones(2**12, 3, dtype=torch.float16)
+    assert [headroom(ones * size).item() for size in (0, 1, 8, 9, 16, 1000)] == [1, 1, 1, 1 / 2, 1 / 2, 1 / 128]
 
 
 @pytest.mark.parametrize("targets", [torch.full((50,), IGNORED), torch.arange(50)])

@@ -135,6 +135,20 @@ def test_a_part_that_fails_fails_the_whole_and_its_last_words_are_shown(
     assert [speed["mfu"] for speed in found["speed"]] == [None]
 
 
+def test_what_is_warned_behind_the_result_is_passed_over_and_half_a_result_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = json.dumps(benchmark("NVIDIA H100 80GB HBM3"))
+    write_part(tmp_path, "d12-bf16", 0, f"{whole}\nwarning: a driver says good-bye\n")
+    write_part(tmp_path, "d12-fp8", 0, "no result\n")
+    write_part(tmp_path, "d20-bf16", 124, whole[:100])
+    found = gpu_report.report(tmp_path, "cpu", 1)
+    assert [speed["precision"] for speed in found["speed"]] == ["bf16"]
+    assert found["failed"] == ["d12-fp8", "d20-bf16"] and found["parts"]["d20-bf16"]["last_words"] == [whole[:100]]
+    gpu_report.show(found)
+    assert "d12-fp8 has found nothing out:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("device", "ok"), [("cuda", False), ("cpu", True)])
 def test_on_a_gpu_tests_that_were_all_skipped_have_found_nothing_out(tmp_path: Path, device: str, ok: bool) -> None:
     write_part(tmp_path, "training", 0, "1 skipped")

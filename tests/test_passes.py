@@ -1,26 +1,30 @@
 """Out of memory before the first step is done halves the rows of a pass, on all ranks, and changes no number."""
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from loading import some_texts, write_shards
-from test_ranks import CONFIG, PLAN, on_ranks, training
+from test_ranks import CONFIG, PLAN, free_port, on_ranks, training
 from torch import Tensor
 
 from nanochat.checkpoint import run_folder
 from nanochat.common import read_record, record_path
-from nanochat.config import ModelConfig
 from nanochat.dataset import open_corpus
-from nanochat.loader import PretrainLoader
+from nanochat.loader import Batch, PretrainLoader
+from nanochat.model.gpt import GPT
 from nanochat.parallel import Runtime
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import passes as passes_module
-from nanochat.train.passes import Passes, is_out_of_memory, rows_that_fit
+from nanochat.train.passes import Passes, is_out_of_memory
+from nanochat.train.step import NO_TARGETS
 from scripts import base_train
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,11 +51,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("corpus"), some_texts(200, 1), some_texts(50, 2))
 
 
-def loader_of(folder: Path, rows: int, rt: Runtime = RT) -> PretrainLoader:
+def loader_of(folder: Path, rows: int, rt: Runtime = RT, kind: type[PretrainLoader] = PretrainLoader) -> PretrainLoader:
     train = open_corpus(folder).train
     tokenizer = Tokenizer.train(train.documents(), 290)
     assert tokenizer.vocab_size > 97  # the model's ids are taken modulo its vocabulary
-    return PretrainLoader(train, tokenizer, rows, CONFIG.sequence_len, rt.rank, rt.world_size)
+    return kind(train, tokenizer, rows, CONFIG.sequence_len, rt.rank, rt.world_size)
 
 
 def losses_of(
@@ -61,6 +65,7 @@ def losses_of(
     model, optimizer = training(rt, torch.float64)
     loss_fn = failing_above(most, lambda i, t, d: model.loss(i % 97, t.clamp_min(0) % 97, d))
     passes = Passes(loader_of(folder, rows, rt), rt, rows, rows_per_step, CONFIG.sequence_len, is_given=True)
+    passes.rehearse(loss_fn, optimizer)
     losses = [passes.train(loss_fn, optimizer, PLAN.at(step), step) for step in range(4)]
     passes.close()
     return losses, passes
@@ -87,6 +92,19 @@ def test_a_number_that_has_no_half_goes_to_the_next_that_divides_it(corpus: Path
     passes.train(loss_fn, optimizer, PLAN.at(0), 0)
     assert (passes.rows, passes.count) == (3, 6)
     passes.close()
+
+
+def test_a_loader_of_other_batches_gives_as_many_rows_as_a_pass_takes(corpus: Path) -> None:
+    model, optimizer = training(RT, torch.float64)
+    passes, seen = Passes(loader_of(corpus, 1), RT, 4, ROWS_PER_STEP, CONFIG.sequence_len), []
+
+    def loss(i: Tensor, t: Tensor, d: Tensor) -> Tensor:
+        seen.append(len(i))
+        return model.loss(i % 97, t.clamp_min(0) % 97, d)
+
+    passes.train(loss, optimizer, PLAN.at(0), 0)
+    passes.close()
+    assert seen == [4, 4]
 
 
 def test_the_gradients_of_the_passes_before_the_one_that_failed_are_dropped(corpus: Path) -> None:
@@ -121,6 +139,28 @@ def test_after_the_first_step_no_memory_is_an_error(corpus: Path) -> None:
     room[0] = 4
     with pytest.raises(MemoryError, match=r"with 8 rows a pass; go on with a lower --device-batch-size$"):
         passes.train(loss, optimizer, PLAN.at(1), 1)
+    passes.close()
+
+
+class FirstUntaught(PretrainLoader):
+    """A loader whose first batch has no targets."""
+
+    is_first = True
+
+    def __next__(self) -> Batch:
+        batch, is_first = super().__next__(), self.is_first
+        self.is_first = False
+        return replace(batch, targets=torch.full_like(batch.targets, -1)) if is_first else batch
+
+
+def test_a_step_without_targets_has_not_shown_that_the_rows_fit(corpus: Path) -> None:
+    model, optimizer = training(RT, torch.float64)
+    loss_fn = failing_above(4, lambda i, t, d: model.loss(i % 97, t.clamp_min(0) % 97, d))
+    loader = loader_of(corpus, 8, kind=FirstUntaught)
+    passes = Passes(loader, RT, 8, ROWS_PER_STEP, CONFIG.sequence_len)
+    assert passes.train(loss_fn, optimizer, PLAN.at(0), 0) == NO_TARGETS
+    assert isinstance(passes.train(loss_fn, optimizer, PLAN.at(1), 1), float)
+    assert passes.rows == 4
     passes.close()
 
 
@@ -171,17 +211,33 @@ def test_all_ranks_halve_where_one_finds_no_memory(tmp_path: Path) -> None:
         torch.testing.assert_close(found["losses"], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-# The forecast's choice
+def refusing(hidden: Callable[..., Tensor], most: int) -> Callable[..., Tensor]:
+    """A model's forward, which finds no memory for more rows than that."""
+
+    def limited(model: GPT, token_ids: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return no_memory() if len(token_ids) > most else hidden(model, token_ids, *rest, **options)
+
+    return limited
 
 
-def rows_with(free_bytes: float | None, monkeypatch: pytest.MonkeyPatch, rows_per_step: int = 96) -> int:
-    monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: free_bytes)
-    return rows_that_fit(ModelConfig(512, 4096, 4, 2, 2, 256), rows_per_step, RT, "auto", False)
+def recipe_rank(rank: int, port: int, recipe: str, flags: list[str]) -> None:
+    """One of two ranks of a recipe, the second of which has no room for more than two rows."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    if rank == 1:
+        GPT.hidden = refusing(GPT.hidden, most=2)  # type: ignore[method-assign]
+    importlib.import_module(f"scripts.{recipe}").main(flags)
 
 
-def test_without_a_flag_a_cpu_takes_32_rows_or_fewer_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [rows_with(free, monkeypatch) for free in (None, 1e12, 2e9, 1e9, 1e6)] == [32, 32, 16, 6, 1]
-    assert rows_with(1e12, monkeypatch, rows_per_step=7) == 7
+@pytest.mark.usefixtures("tokenizer")
+def test_in_both_stages_ranks_agree_on_rows_before_the_validation_that_comes_first(text: Path, chats: Path) -> None:
+    run = ["--num-iterations=1", "--eval-every=1", "--eval-tokens=2000", "--device-batch-size=8"]
+    run += ["--total-batch-size=512", "--device-type=cpu", "--logger=none"]
+    base = ["--depth=2", "--max-seq-len=32", "--aspect-ratio=32", "--head-dim=32", f"--data-dir={text}"]
+    for recipe, flags in (("base_train", base), ("chat_sft", [f"--data={chats}"])):
+        torch.multiprocessing.spawn(recipe_rank, (free_port(), recipe, [*run, *flags]), nprocs=2)
+        assert read_record(record_path(recipe))["device_batch_size"] == 2
 
 
 # The real thing: base training in a process that may not have more
@@ -197,10 +253,10 @@ TRAIN = ["--depth=2", "--max-seq-len=128", "--total-batch-size=65536", "--num-it
 TRAIN += ["--eval-tokens=5000", "--compile=off", "--device-type=cpu", "--logger=none"]
 
 
-def trained_within(kilobytes: int, *flags: str) -> str:
-    command = [sys.executable, "-m", "scripts.base_train", *TRAIN, *flags]
-    limited = ["bash", "-c", f'ulimit -v {kilobytes}; exec "$@"', "limited", *command]
-    done = subprocess.run(limited, cwd=REPO, capture_output=True, text=True, timeout=300)
+def trained_within(megabytes: int, *flags: str) -> str:
+    command = [sys.executable, str(REPO / "tests" / "limited.py"), str(megabytes), *TRAIN, *flags]
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -214,7 +270,7 @@ def losses(tag: str) -> list[float]:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space")
 @pytest.mark.usefixtures("tokenizer", "float32")
 def test_a_run_whose_allocator_refuses_completes_with_fewer_rows_and_the_same_losses(text: Path) -> None:
-    out = trained_within(2_400_000, f"--data-dir={text}", "--device-batch-size=512", "--model-tag=refused")
+    out = trained_within(1200, f"--data-dir={text}", "--device-batch-size=512", "--model-tag=refused")
     assert "out of memory with 512 rows a pass (--device-batch-size=512): going on with 256, 2 passes a step" in out
     rows = read_record(record_path("base_train"))["device_batch_size"]
     assert 1 <= rows <= 256
@@ -225,6 +281,6 @@ def test_a_run_whose_allocator_refuses_completes_with_fewer_rows_and_the_same_lo
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on address space")
 @pytest.mark.usefixtures("tokenizer", "float32")
 def test_without_a_flag_a_run_takes_as_many_rows_as_its_limit_allows(text: Path) -> None:
-    out = trained_within(2_400_000, f"--data-dir={text}", "--max-seq-len=2048")
-    assert "out of memory" not in out
+    out = trained_within(1200, f"--data-dir={text}", "--max-seq-len=2048")
+    assert "out of memory" not in out and "memory decides the rows of a pass" in out
     assert 1 <= read_record(record_path("base_train"))["device_batch_size"] < 32

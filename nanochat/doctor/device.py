@@ -46,6 +46,7 @@ def device(request: Request) -> Result:
     """A product on the device: the right result, at about the rate that is expected of it."""
     import torch
 
+    from nanochat.kernels.tolerance import tolerance
     from nanochat.machine import describe_machine, matmul_peak_flops
     from nanochat.parallel import Runtime
 
@@ -55,14 +56,14 @@ def device(request: Request) -> Result:
     rt = Runtime(where, dtype)
     count = torch.accelerator.device_count() if where.type != "cpu" else torch.get_num_threads()
     name = rt.describe().partition(",")[0] if where.type == "cuda" else describe_machine()["processor"]
-    error, allowed = product_error(where, dtype), largest_error(where, dtype)
+    error, allowed = product_error(where, dtype), tolerance(where, dtype)
     rate = matmul_peak_flops(rt, rt.dtype, seconds_per_shape=0.2)
     expected = rt.peak_flops if dtype.itemsize == 2 else None
     numbers = {"device": where.type, "name": name, "count": count, "flops_per_s": rate, "expected": expected}
-    what = f"{count} threads of" if where.type == "cpu" else f"{count} x"
+    what = f"{count} thread{'s' if count > 1 else ''} of" if where.type == "cpu" else f"{count} x"
     seen = f"{where.type}, {what} {name}: {in_flops(rate)} in {plain(dtype)}"
     seen += f", {rate / expected:.0%} of the expected {in_flops(expected)}" if expected else ""
-    seen += f"; a product is within {error:.1g} of the exact one"
+    seen += f"; a product is off by {error:.1g}"
     numbers["error"] = error
     if not error <= allowed:  # NaN is not
         return Result("failed", f"{seen}, where {allowed:.1g} is allowed", WRONG_NUMBERS, numbers)
@@ -89,15 +90,6 @@ def product_error(where: "torch.device", dtype: "torch.dtype", size: int = 256) 
     return float(((a.to(where) @ b.to(where)).cpu().double() - exact).norm() / exact.norm())
 
 
-def largest_error(where: "torch.device", dtype: "torch.dtype") -> float:
-    """What a sound device stays well below: one rounding of the result in 16 bits, a few of each sum in more."""
-    import torch
-
-    if dtype == torch.float32 and where.type != "cpu":
-        return 4 * 2.0**-10  # TF32
-    return torch.finfo(dtype).eps * (2 if dtype.itemsize == 2 else 64)
-
-
 def unseen_gpu(request: Request) -> str | None:
     """An NVIDIA or AMD GPU that the system shows, though torch does not."""
     found = [path for path in ("/dev/nvidia0", "/dev/kfd") if os.path.exists(path)]
@@ -120,6 +112,7 @@ def dtypes(request: Request) -> Result:
     import torch
 
     from nanochat.common import requested_dtype
+    from nanochat.kernels.tolerance import tolerance
     from nanochat.parallel import DTYPES, choose_dtype, find_device
 
     where = find_device(request.device_type, 0)
@@ -127,7 +120,7 @@ def dtypes(request: Request) -> Result:
     for name, dtype in DTYPES.items():
         try:
             error, rates[name] = product_error(where, dtype), product_rate(where, dtype)
-            right = error <= largest_error(where, dtype)
+            right = error <= tolerance(where, dtype)
             tried.append(f"{name} {in_flops(rates[name] or 0)}" + ("" if right else f" but wrong by {error:.1g}"))
             rates[name] = rates[name] if right else None
         except (RuntimeError, TypeError) as problem:  # TypeError: float64 on mps
@@ -185,10 +178,11 @@ def threads(request: Request) -> Result:
     gains = {str(count): best_s[1] / best_s[count] for count in counts}
     shares = taken_by_others(before, processor_ticks(), sum(os.times()[:2]) - own_before)
     numbers: dict[str, Any] = {"configured": configured, "cores": cores, "speedup": gains, **shares}
-    told = ", ".join(f"{count} give x{gain:.2f}" for count, gain in gains.items() if count != "1") or "one core only"
-    seen = f"{cores:g} cores, torch takes {configured} threads; {told}"
+    told = [f"{count} threads are {gain:.2f} times as fast as one" for count, gain in gains.items() if count != "1"]
+    seen = f"{cores:g} cores, torch takes {configured} thread{'s' if configured > 1 else ''}; "
+    seen += ", ".join(told) or "one core only"
     if shares:
-        seen += f"; others take {shares['others_frac']:.0%}, the host {shares['stolen_frac']:.0%} of the cores"
+        seen += f"; other programs take {shares['others_frac']:.0%} of the cores, the host {shares['stolen_frac']:.0%}"
     advice = thread_advice(configured, math.ceil(cores), gains, shares)
     return Result("slow" if advice else "ok", seen, advice, numbers)
 

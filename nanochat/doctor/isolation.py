@@ -1,7 +1,8 @@
 """Checks in processes of their own: one that crashes, hangs or is killed is a finding and not the end of the doctor.
 
 Each check is `python -m nanochat.doctor NAME`, which prints its result as the last line. A check that takes too long is
-stopped with all that it has started. Two run side by side, except those that measure: they run alone.
+stopped with all that it has started, also what has left its process group, as torchrun's ranks do. Two run side by
+side, except those that measure: they run alone.
 """
 
 import json
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO
 
 from nanochat.common import printable
@@ -92,6 +94,8 @@ class Child:
 
     def stop(self) -> None:
         """End the check and all that it has started."""
+        if self._process.poll() is None:
+            kill_tree(self._process.pid)
         with suppress(ProcessLookupError, PermissionError):  # macOS: nobody is left in the group
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -112,3 +116,21 @@ class Child:
             memory = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
             return Result("failed", f"its process was ended by {signal.Signals(-code).name}{memory}", advice)
         return Result("failed", f"{err[-1] if err else f'it left with code {code}'}"[:300], advice)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all below it. Each is halted before it is asked for its children, so that it gets no more."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        for child in children(pid):
+            kill_tree(child)
+        os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that any thread of this one has started. Only Linux tells; elsewhere there are none."""
+    found = list[int]()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, path.read_text(encoding="ascii").split())
+    return found

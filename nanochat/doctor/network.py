@@ -22,6 +22,9 @@ MAX_RANKS = 8
 
 def hub(request: Request) -> Result:
     """The default data set is asked for at the hub, once. Being offline is no fault: training needs no network."""
+    offline = "train on text of your own or on the default, stdlib; shards can be fetched elsewhere and copied"
+    if request.offline:
+        return Result("missing", "not asked, as --offline wants it", offline)
     began, answer = time.perf_counter(), Future[str]()
 
     def ask() -> None:
@@ -31,7 +34,6 @@ def hub(request: Request) -> Result:
             answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()  # no timeout of ours ends a name that does not resolve
-    offline = "train on text of your own or on the default, stdlib; shards can be fetched elsewhere and copied"
     try:
         seen = answer.result(HUB_LIMIT_S)
     except StillWaiting:
@@ -102,9 +104,7 @@ def ranks(request: Request) -> Result:
     wanted = f"SUM {count * (count + 1) // 2} "
     if done.returncode == 0 and said and said[-1].startswith(wanted):
         backend, rate = said[-1].split()[2:4]
-        seen = (
-            f"{count} processes on {kind} add up {float(rate):.2g} GB/s by {backend}; {seconds:.1f} s with their start"
-        )
+        seen = f"{count} processes on {kind} add up {float(rate):.2g} GB/s by {backend}; {seconds:.1f} s in all"
         return Result("ok", seen, "", {"ranks": count, "backend": backend, "gb_per_s": float(rate), "seconds": seconds})
     errors = [line for line in done.stderr.splitlines() if "Error" in line] or [f"code {done.returncode}"]
     advice = "train with one process, without torchrun; several need the loopback device, and GPUs that see each other"

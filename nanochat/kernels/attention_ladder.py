@@ -9,22 +9,28 @@ textbook in float64. The first one that agrees is taken, and why each one above 
 print. The last rung is the textbook itself, so there always is one.
 
 The choice is made when a model is built (model/gpt.py `empty_model`), outside of whatever is compiled later, and is an
-object that is passed on. Nothing is loaded before that, and nothing is ever downloaded. What no check from inside can
-survive is a kernel that kills its process or leaves the device in a state in which nothing runs any more.
+object that is passed on. Nothing is loaded before that, and nothing is ever downloaded. Several ranks go down together:
+a rung that one of them cannot do is taken by none, else they would compute and compile different things. What no check
+from inside survives is a kernel that kills its process, or leaves the device in a state in which nothing runs any more.
 """
 
 import functools
 import importlib
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nanochat.common import print0
 from nanochat.kernels.flash_attention import Visibility, attention, attention_reference
 from nanochat.kernels.flex_attention import FlexAttention
+from nanochat.kernels.tolerance import tolerance
+from nanochat.parallel import from_all_ranks
 
 # q (B, T, H, D), k and v (B, T, H_kv, D), and who sees whom in a row; returns as q
 Kernel = Callable[[Tensor, Tensor, Tensor, Visibility], Tensor]
@@ -50,13 +56,15 @@ class Rung:
     """A kernel that may or may not work here.
 
     load: makes it, or raises. obstacle: why it need not even be tried, or None. is_traced: whether it must also work
-    inside of a compiled model in one piece; torch's own operators always do.
+    inside of a compiled model in one piece; torch's own operators always do. is_fallback: works everywhere, but a GPU
+    can do better, above all with windows.
     """
 
     name: str
     load: Callable[[], Kernel]
     obstacle: Callable[[AttentionCase], str | None] = lambda case: None
     is_traced: bool = False
+    is_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,28 +107,48 @@ def installed_function() -> Callable | None:
 
 
 def cached_function() -> Callable:
-    """Of a kernel that was fetched before, through the package `kernels`."""
-    folder = cached_kernel()
+    """Of a kernel that was fetched before, through the package `kernels`, in any of its versions 0.7 to 0.17.
+
+    Up to 0.13 it must be told the name of the package inside, which is the repository's.
+    """
+    name, folder = cached_kernel()
     if folder is None:
         raise ImportError(f"neither flash_attn_interface is installed, nor is one of {', '.join(HUB_KERNELS)} cached")
-    return importlib.import_module("kernels").get_local_kernel(folder).flash_attn_func
+    load = getattr(importlib.import_module("kernels"), "get_local_kernel", None)
+    if load is None:
+        raise ImportError(f"{name} is cached, but this version of the package kernels cannot load it; 0.7 or later can")
+    is_named = "package_name" in inspect.signature(load).parameters
+    with without_downloads():
+        module = load(folder, name.rpartition("/")[2].replace("-", "_")) if is_named else load(folder)
+    return getattr(module, "flash_attn_interface", module).flash_attn_func
 
 
-def cached_kernel() -> Path | None:
-    """The newest folder in the hub's cache of the first of `HUB_KERNELS` that it has."""
-    from huggingface_hub import scan_cache_dir
+def cached_kernel() -> tuple[str, Path | None]:
+    """The first of `HUB_KERNELS` that the hub's cache has, and the newest folder of it."""
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = {repo.repo_id: repo for repo in scan_cache_dir().repos}
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
-        return None
-    folders = [
-        max(repos[name].revisions, key=lambda revision: revision.last_modified).snapshot_path
-        for name in HUB_KERNELS
-        if name in repos and repos[name].revisions
-    ]
-    return folders[0] if folders else None
+        return "", None
+    for name in HUB_KERNELS:  # one may be there twice: since 0.14 kernels are a kind of repository of their own
+        revisions = [revision for repo in repos if repo.repo_id == name for revision in repo.revisions]
+        if revisions:
+            return name, max(revisions, key=lambda revision: revision.last_modified).snapshot_path
+    return "", None
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """The hub's own switch is off meanwhile: later versions of `kernels` fetch what a kernel depends on."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def flash_attention_3_obstacle(case: AttentionCase) -> str | None:
@@ -145,8 +173,8 @@ def flex_obstacle(case: AttentionCase) -> str | None:
 LADDER = (
     Rung("FlashAttention 3", FlashAttention3, flash_attention_3_obstacle, is_traced=True),
     Rung("FlexAttention", FlexAttention, flex_obstacle, is_traced=True),
-    Rung("SDPA", lambda: attention),
-    Rung("reference", lambda: attention_reference),
+    Rung("SDPA", lambda: attention, is_fallback=True),
+    Rung("reference", lambda: attention_reference, is_fallback=True),
 )
 
 
@@ -155,14 +183,42 @@ LADDER = (
 
 @functools.cache
 def choose_attention(case: AttentionCase, ladder: tuple[Rung, ...] = LADDER) -> AttentionChoice:
-    """The first rung without a fault; the last one is not asked."""
+    """The first rung in which no rank finds a fault; the last one is not asked. Ranks wait for each other here.
+
+    Warns where a GPU is left with what every device has: on a CPU, or on Apple's chips, that is the best there is.
+    """
+    rung, kernel, refused = first_without_fault(case, ladder)
+    choice = AttentionChoice(rung.name, kernel, refused)
+    if rung.is_fallback and case.device.type in ("cuda", "xpu"):
+        print0(
+            f"warning: {choice.describe()}; the run goes on, slower than this GPU could; "
+            "python -m scripts.doctor --only=attention tries each kernel"
+        )
+    return choice
+
+
+def first_without_fault(
+    case: AttentionCase, ladder: tuple[Rung, ...]
+) -> tuple[Rung, Kernel, tuple[tuple[str, str], ...]]:
+    """The rung, its kernel, and (name, reason) of those above."""
     refused: list[tuple[str, str]] = []
     for rung in ladder[:-1]:
         kernel, fault = try_rung(rung, case)
-        if kernel is not None:
-            return AttentionChoice(rung.name, kernel, tuple(refused))
-        refused.append((rung.name, fault))
-    return AttentionChoice(ladder[-1].name, ladder[-1].load(), tuple(refused))
+        faults = from_all_ranks(fault)
+        if kernel is not None and not any(faults):
+            return rung, kernel, tuple(refused)
+        refused.append((rung.name, told_once(faults)))
+    return ladder[-1], ladder[-1].load(), tuple(refused)
+
+
+def told_once(faults: list[str]) -> str:
+    """The first rank's fault among those of all ranks, of which at least one has any.
+
+    >>> told_once(["", "no driver"]), told_once(["no driver", "no driver"])
+    ('on rank 1: no driver', 'no driver')
+    """
+    rank = next(rank for rank, fault in enumerate(faults) if fault)
+    return faults[rank] if len(set(faults)) == 1 else f"on rank {rank}: {faults[rank]}"
 
 
 def try_rung(rung: Rung, case: AttentionCase) -> tuple[Kernel | None, str]:
@@ -170,14 +226,14 @@ def try_rung(rung: Rung, case: AttentionCase) -> tuple[Kernel | None, str]:
     obstacle = rung.obstacle(case)
     if obstacle is not None:
         return None, obstacle
-    doing = "loads"
+    doing, allowed = "loads", tolerance(case.device, case.dtype)
     try:
         kernel = rung.load()
         for window, packed in small_cases(case):
             doing = f"runs, {'full' if window == LENGTH else 'windowed'}{', documents' if packed else ''}"
             error = worst_error(kernel, case, window, packed, rung.is_traced)
-            if not error <= tolerance(case):  # NaN is not
-                return None, f"wrong numbers when it {doing}: off by {error:.2g}, {tolerance(case):.2g} is allowed"
+            if not error <= allowed:  # NaN is not
+                return None, f"wrong numbers when it {doing}: off by {error:.2g}, {allowed:.2g} is allowed"
     except torch.OutOfMemoryError:  # says nothing about the kernel
         raise
     except Exception as problem:  # others' code on others' devices: what it may raise is nowhere listed
@@ -226,16 +282,6 @@ def traced(function: Callable[..., Tensor], backend: str = "inductor") -> Callab
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
-
-
-def tolerance(case: AttentionCase) -> float:
-    """The relative error that a right kernel stays well below: 0.6 of a rounding in 16 bits and 6 in more were seen.
-
-    A window that ends one key too early is off by 0.1 here. Products in float32 may be made of TF32 on GPUs.
-    """
-    if case.dtype == torch.float32 and case.device.type != "cpu":
-        return 4 * 2.0**-10
-    return torch.finfo(case.dtype).eps * (4 if case.dtype.itemsize == 2 else 64)
 
 
 def plain(dtype: torch.dtype) -> str:

@@ -5,8 +5,10 @@ times over, for a loss that is one number. `summed_loss` goes through the positi
 makes logits and losses, and at once the gradients of the hidden states and of the head's weight, since those of a
 softmax are known as soon as it is: p - 1 at the target, p elsewhere, times the slope of the softcap. Then the logits
 are forgotten. What the backward receives later, a scale, is multiplied with the finished gradients. In fp16 that loses
-nothing: before it, the slopes of the summed loss lie between -1 and 1, where fp16 is at its best, and the weight's
-gradient adds up in fp32; after it, the numbers are those that the rest of the backward would have seen anyway.
+nothing: before it, the slopes of the summed loss lie between -1 and 1, where fp16 is at its best; after it, the numbers
+are those that the rest of the backward would have seen anyway. The weight's gradient adds up over chunks in fp32, but
+what a single chunk gives to it is fp16, and of a frequent token the sum of thousands of hidden states; where that could
+pass 65,504, the slopes are made smaller for as long as it takes (`gradients`). No loss scale could mend that later.
 
 The head is called as the module it is, once per chunk, and differentiated by autograd: whatever it does with its
 weight (a cast, fp8) is its own affair. Per-token losses with a gradient (`token_losses`) take the plain way, since what
@@ -17,7 +19,7 @@ chunk's logits is compiled on its own.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +164,7 @@ class ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 logits = plan.head(chunk)
             losses[part], slopes = losses_and_slopes(logits.detach(), targets[part], plan, is_compiled)
-            of_chunk, *more = torch.autograd.grad(logits, [chunk, *weights], slopes)
+            of_chunk, *more = gradients(logits, slopes, chunk, weights)
             of_hidden[part] = of_chunk
             of_weights = [a.add_(b) for a, b in zip(of_weights, more)] or more
             del logits, slopes, more  # before the next chunk's are made
@@ -174,6 +176,23 @@ class ChunkedLoss(torch.autograd.Function):
         # In place: at a second backward through the same loss autograd says so, instead of scaling twice.
         of_hidden, *of_weights = (gradient.mul_(scale) for gradient in ctx.saved_tensors)
         return (of_hidden, None, None, None, *of_weights)
+
+
+def gradients(logits: Tensor, slopes: Tensor, hidden: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of hidden states (n, C) and of the head's weights, by the slopes (n, V or more) of its logits."""
+    if slopes.dtype != torch.float16:
+        return list(torch.autograd.grad(logits, [hidden, *weights], slopes))
+    room = headroom(hidden)
+    return [part.div_(room) for part in torch.autograd.grad(logits, [hidden, *weights], slopes.mul_(room))]
+
+
+def headroom(hidden: Tensor) -> Tensor:
+    """The power of two, at most 1, times which no sum over fp16 hidden states (n, C), each times 1 or less, overflows.
+
+    A tensor, since a GPU would have to be waited for. Half of what fp16 holds is left to roundings on the way.
+    """
+    largest = hidden.abs().sum(0, dtype=torch.float32).max()
+    return torch.exp2(-(largest / 2**15).log2().ceil().clamp_min(0))
 
 
 def losses_and_slopes(logits: Tensor, targets: Tensor, plan: ChunkedHead, is_compiled: bool) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The passes of a step: how many rows the device takes at once, and what happens when they turn out to be too many.
 
-    passes = Passes(loader, rt, rows, rows_per_step)
+    passes = Passes(loader, rt, rows, rows_per_step, sequence_len)
+    passes.rehearse(loss_fn, optimizer)
     loss = passes.train(loss_fn, optimizer, plan.at(step.index), step.index)
 
 The rows come from a forecast or a flag, and both can be wrong. So whatever finds no memory before the first step is
@@ -9,28 +10,32 @@ passes: the run is from its first step one that was started with the smaller num
 later one that finds no memory is an error, since something else has taken it.
 
 Ranks must not part ways: one that has no memory leaves its step at a place where the others wait for it. Therefore
-several ranks rehearse first, each for itself with made-up tokens, and ask each other afterwards. The rehearsal holds
-what a step holds: two passes where there are several, the second on top of the first one's gradients.
+several ranks rehearse before anything else, each for itself with made-up tokens, and ask each other afterwards. The
+rehearsal holds what a step holds, hence more than an evaluation: two passes where there are several, the second on top
+of the first one's gradients.
 """
 
 import gc
+import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from nanochat.common import print0
 from nanochat.config import ModelConfig
-from nanochat.forecast import CPU_PROCESS_BYTES, USABLE, Setup
+from nanochat.forecast import AHEAD, USABLE, Setup, forecast
 from nanochat.loader import Batch
-from nanochat.memory import free_memory_bytes
+from nanochat.memory import free_memory_bytes, resident_bytes
 from nanochat.optim import MuonAdamW
-from nanochat.parallel import Runtime
+from nanochat.parallel import Compiled, Runtime
 from nanochat.planning import derived_rows
+from nanochat.precision import dtype_name
 from nanochat.prefetch import Prefetcher
 from nanochat.scaling import Multipliers, device_batch_rows
-from nanochat.train.step import LossFn, Skipped, train_step
+from nanochat.train.step import NO_TARGETS, LossFn, Skipped, train_step
 
 Result = TypeVar("Result")
 
@@ -57,7 +62,10 @@ class SizedLoader(Protocol):
 
 
 class Passes:
-    """The batches of a run. rows: of a pass, as they are now; count: passes of a step. To be closed."""
+    """The batches of a run, as `loader` gives them from now on. rows: of a pass, at present; count: passes of a step.
+
+    To be closed.
+    """
 
     def __init__(
         self, loader: SizedLoader, rt: Runtime, rows: int, rows_per_step: int, sequence_len: int, is_given: bool = False
@@ -67,22 +75,32 @@ class Passes:
         self._loader, self._rt, self._rows_per_step, self._sequence_len = loader, rt, rows_per_step, sequence_len
         self._asked = f" (--device-batch-size={rows})" if is_given else ""
         self._is_proven = False  # a step has gone through
+        loader.resize(rows)
         self._batches = self._drawn_ahead()
 
     @property
     def count(self) -> int:
         return self._rows_per_step // self.rows
 
+    def rehearse(self, loss_fn: LossFn, optimizer: MuonAdamW) -> None:
+        """Halve the rows on all ranks until passes of them fit on each. One rank alone finds that out as it goes."""
+        while self._rt.world_size > 1:
+            has_room = self._has_room(loss_fn)
+            optimizer.zero_grad()
+            if not self._rt.max_number(not has_room):
+                return
+            if self.rows == 1:
+                raise self._refusal()
+            self._halve(self._batches.state())
+
     def train(self, loss_fn: LossFn, optimizer: MuonAdamW, multipliers: Multipliers, index: int) -> float | Skipped:
         """The optimizer step of this number (`train_step`), in passes that fit."""
-        if not self._is_proven and self._rt.world_size > 1:
-            self._rehearse(loss_fn, optimizer)
 
         def step() -> float | Skipped:
             return train_step(loss_fn, self._batches, optimizer, multipliers, self._rt, self.count, index)
 
         loss = self.fit(step, optimizer)
-        self._is_proven = True
+        self._is_proven = self._is_proven or loss != NO_TARGETS
         return loss
 
     def fit(self, work: Callable[[], Result], optimizer: MuonAdamW | None = None) -> Result:
@@ -116,7 +134,7 @@ class Passes:
         self._batches.close()
 
     def _drawn_ahead(self) -> Prefetcher:
-        return Prefetcher(self._loader, self._rt.device, ahead=4 + self.count)
+        return Prefetcher(self._loader, self._rt.device, ahead=AHEAD + self.count)
 
     def _halve(self, position: dict[str, Any]) -> None:
         """Half the rows, or the next number below that divides them; the stream goes on from `position`."""
@@ -130,17 +148,6 @@ class Passes:
         self._loader.resize(self.rows)
         self._loader.load_state(position)
         self._batches = self._drawn_ahead()
-
-    def _rehearse(self, loss_fn: LossFn, optimizer: MuonAdamW) -> None:
-        """Halve the rows on all ranks until passes of them fit on each."""
-        while True:
-            has_room = self._has_room(loss_fn)
-            optimizer.zero_grad()
-            if not self._rt.max_number(not has_room):
-                return
-            if self.rows == 1:
-                raise self._refusal()
-            self._halve(self._batches.state())
 
     def _has_room(self, loss_fn: LossFn) -> bool:
         """Whether passes of made-up tokens find memory here. Says nothing to the other ranks."""
@@ -174,26 +181,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
 
 
-def rows_that_fit(config: ModelConfig, rows_per_step: int, rt: Runtime, compile_mode: str, has_fp8: bool) -> int:
-    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`)."""
-    is_gpu = rt.device.type != "cpu"
+def rows_that_fit(config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn: LossFn, has_fp8: bool) -> int:
+    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`); a line tells where memory
+    decides. loss_fn: shows whether the model is compiled."""
     setup = Setup(
         config,
         rows=1,
         ranks=rt.world_size,
-        dtype=str(rt.dtype).removeprefix("torch."),
-        is_gpu=is_gpu,
-        is_compiled=compile_mode == "on" or (compile_mode == "auto" and is_gpu),
+        dtype=dtype_name(rt.dtype),
+        is_gpu=rt.device.type != "cpu",
+        is_compiled=isinstance(loss_fn, Compiled),
         has_fp8=has_fp8,
     )
-    rows = derived_rows(setup, rows_per_step, usable_bytes(rt))
-    return int(-rt.max_number(-rows))
+    usable = least_usable_bytes(rt)
+    rows = derived_rows(setup, rows_per_step, usable)
+    if usable is not None and rows < (wanted := derived_rows(setup, rows_per_step, math.inf)):
+        needed_gb, wanted_gb = (
+            forecast(replace(setup, rows=many, passes=rows_per_step // many)).total_bytes / 1e9
+            for many in (rows, wanted)
+        )
+        print0(
+            f"memory decides the rows of a pass: {rows}, which need about {needed_gb:.2f} GB, where {usable / 1e9:.2f} "
+            f"GB may be used; {wanted} would need {wanted_gb:.2f} GB (--device-batch-size decides otherwise)"
+        )
+    return rows
+
+
+def least_usable_bytes(rt: Runtime) -> float | None:
+    """What every rank may hold on its device; None where unknown."""
+    own = usable_bytes(rt)
+    least = -rt.max_number(-math.inf if own is None else -own)
+    return None if least == math.inf else least
 
 
 def usable_bytes(rt: Runtime) -> float | None:
     """What this process may hold on its device, what it holds already included; None where unknown."""
     if rt.device.type in ("cuda", "xpu"):
         free, _ = getattr(torch, rt.device.type).mem_get_info(rt.device)
-        return USABLE * free
+        return USABLE * (free + torch.accelerator.memory_reserved(rt.device))
     free_here = free_memory_bytes() if rt.device.type == "cpu" else None
-    return None if free_here is None else CPU_USABLE * free_here / rt.world_size + CPU_PROCESS_BYTES
+    return None if free_here is None else CPU_USABLE * free_here / rt.world_size + resident_bytes()

@@ -31,6 +31,9 @@ class Skipped:
     reason: str
 
 
+NO_TARGETS = Skipped("no targets")  # nothing was computed; all other skipped steps went through forward and backward
+
+
 @runtime_checkable
 class Positioned(Protocol):
     """Batches with a position, as all loaders have one."""
@@ -56,7 +59,7 @@ def train_step(
     batches = [next(loader) for _ in range(micro_batches)]
     num_targets = rt.sum_number(sum(batch.num_targets() for batch in batches))
     if num_targets == 0:
-        return Skipped("no targets")
+        return NO_TARGETS
     losses: list[Tensor] = []
     for i, batch in enumerate(batches):
         batch = batch.to(rt.device)
