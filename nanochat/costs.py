@@ -3,44 +3,142 @@
 Steps, batch and model are those of `planning.base_plan`, which the run itself calls; memory is `forecast`'s; shards are
 counted as the download counts them. Hours are FLOPs over what the devices are expected to do: 40 % of a GPU's bf16
 peak, which is an assumption (the ancestor got 50 % at depth 24 and 48 % at 26 in bf16 on 8xH100, pretraining spec 11),
-or what two cores of a CPU were measured to do (`hardware.MEASURED_CORE_FLOPS`).
+or what cores of a CPU were measured to do (`hardware.CORE_FLOPS`).
+
+`cpu` is the machine that asks (`this_cpu`): its free memory, its cores, and the dtype that a run would choose on it.
 """
 
-from argparse import Namespace
-from dataclasses import replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from nanochat import planning, scaling
-from nanochat.common import UserError, requested_dtype
-from nanochat.config import ModelConfig
-from nanochat.forecast import GPU_HOST_BYTES, ITEM_BYTES, USABLE, Setup, exact_sizes, forecast, largest_rows
+from nanochat.common import requested_dtype
+from nanochat.forecast import GPU_HOST_BYTES, USABLE, Setup, exact_sizes, in_passes, largest_rows
 from nanochat.hardware import (
+    CPU,
     EXPECTED_UTILISATION,
     PRICES_AS_OF,
     Hardware,
-    expected_flops,
-    find_hardware,
+    core_flops,
     parse_machine,
+    usable_cores,
 )
-from nanochat.planning import BasePlan
+from nanochat.planning import BasePlan, Request
+
+# What a run is planned for ---------------------------------------------------------------------------------------
 
 
-def plan_run(args: Namespace, cpu_cores: int, cpu_memory_gib: float) -> dict[str, Any]:
-    """Everything that is told, as numbers. cpu_cores, cpu_memory_gib: of the machine that `cpu` stands for."""
+@dataclass(frozen=True)
+class Machine:
+    """Devices of one kind; a CPU with all its cores is one. Bytes and FLOP/s are each device's.
+
+    usable_bytes: what training may hold. dtype: what it computes in. flops: a GPU's bf16 peak; of a CPU what it is
+    expected to do. cores: a CPU's. price: as listed, US dollars per device and hour.
+    """
+
+    name: str
+    memory_bytes: int
+    usable_bytes: int
+    dtype: str
+    flops: float
+    devices: int = 1
+    cores: float | None = None
+    price: float | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.cores is not None
+
+    def expected_flops(self, utilisation: float = EXPECTED_UTILISATION) -> float:
+        """Of all devices in training. utilisation: share of a GPU's peak."""
+        return self.devices * self.flops * (1 if self.is_cpu else utilisation)
+
+
+def find_machine(text: str) -> Machine:
+    """What --gpus names, computing as `$NANOCHAT_DTYPE` says. Raises UserError for what it cannot be."""
+    devices, gpu = parse_machine(text)
+    return this_cpu() if gpu is None else gpu_machine(gpu, devices, requested_dtype())
+
+
+def gpu_machine(gpu: Hardware, devices: int = 1, dtype: str | None = None) -> Machine:
+    """dtype: else bfloat16, which every GPU of the table has."""
+    from nanochat.precision import find_dtype
+
+    if dtype is not None:
+        find_dtype(dtype)
+    usable = int(USABLE * gpu.memory_bytes)
+    return Machine(gpu.name, gpu.memory_bytes, usable, dtype or "bfloat16", gpu.flops, devices, None, gpu.price)
+
+
+def cpu_machine(cores: float, memory_bytes: int, dtype: str, usable_bytes: float | None = None) -> Machine:
+    """usable_bytes: else the share that a run takes of a machine on which nothing else lies."""
+    from nanochat.train.passes import CPU_USABLE
+
+    usable = CPU_USABLE * memory_bytes if usable_bytes is None else usable_bytes
+    return Machine(CPU, memory_bytes, int(usable), dtype, cores * core_flops(dtype), cores=cores)
+
+
+def this_cpu() -> Machine:
+    """The machine that this runs on, as a run on its CPU would find it now."""
+    import torch
+
+    from nanochat.memory import group_limit_bytes, machine_memory_bytes
+    from nanochat.parallel import Runtime
+    from nanochat.precision import choose_dtype, dtype_name
+    from nanochat.train.passes import usable_bytes
+
+    device = torch.device("cpu")
+    rt = Runtime(device, choose_dtype(device, in_batches=True))
+    dtype = dtype_name(rt.dtype)
+    known = [size for size in (machine_memory_bytes(), group_limit_bytes()) if size is not None]
+    cores = min(torch.get_num_threads(), usable_cores())
+    return cpu_machine(cores, min(known, default=2**34), dtype, usable_bytes(rt))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What besides the plan decides on memory, time and disk: the flags of these names.
+
+    fp8_recipe: None: not in FP8. utilisation: share of a GPU's peak; None: what is expected of all. price: US dollars
+    per device and hour; None: the list price.
+    """
+
+    compile: str = "auto"
+    fp8_recipe: str | None = None
+    eval_every: int = -1
+    eval_tokens: int = 0
+    save_every: int = -1
+    keep_last: int = 1
+    keep_every: int = -1
+    utilisation: float | None = None
+    price: float | None = None
+
+
+# What it comes to ------------------------------------------------------------------------------------------------
+
+
+def plan_run(asked: Request, machine: Machine, settings: Settings, vocab_size: int | None = None) -> dict[str, Any]:
+    """Everything that is told, as numbers. vocab_size: else the one that scripts.tok_train derives."""
     from nanochat.model.gpt import flops_per_token, predict_parameters, scaling_parameters
 
-    ranks, name = parse_machine(args.gpus)
-    device = find_hardware(name, cpu_cores, cpu_memory_gib)
-    vocab_size = args.vocab_size or scaling.vocab_size_for(args.depth, args.laws)
-    expected = ranks * expected_flops(None if device.is_cpu else device.flops)
-    base = planning.base_plan(args, vocab_size, ranks, expected)
+    vocab_size = vocab_size or scaling.vocab_size_for(asked.depth, asked.laws)
+    base = planning.base_plan(asked, vocab_size, machine.devices, machine.expected_flops())
     config, training = base.config, base.training
     parameters = predict_parameters(config)
     tokens = training.num_steps * training.total_batch_tokens
     per_token = flops_per_token(config)
-    run: dict[str, Any] = {
-        "machine": {"devices": ranks, "device": device.name, "memory_bytes": device.memory_bytes, "cores": None},
-        "depth": args.depth,
+    time = time_of(asked, base, machine, settings, per_token)
+    disk = disk_of(base, settings)
+    memory = memory_of(asked, base, machine, settings)
+    return {
+        "machine": {
+            "devices": machine.devices,
+            "device": machine.name,
+            "memory_bytes": machine.memory_bytes,
+            "cores": machine.cores,
+        },
+        "depth": asked.depth,
         "model": config.to_dict(),
         "parameters": {**parameters, "total": sum(parameters.values()), "scaling": scaling_parameters(config)},
         "training": {
@@ -50,51 +148,43 @@ def plan_run(args: Namespace, cpu_cores: int, cpu_memory_gib: float) -> dict[str
             "flops_per_token": per_token,
             "flops": per_token * tokens,
         },
+        "memory": memory,
+        "text": text_of(tokens),
+        "time": time,
+        "money": money_of(machine, settings, time["hours"]),
+        "disk": disk,
+        "host_memory_bytes": host_memory_of(machine, memory["total_bytes"], disk["checkpoint_bytes"]),
     }
-    if device.is_cpu:
-        run["machine"]["cores"] = cpu_cores
-    run["memory"] = memory_of(args, base, device, ranks)
-    run["text"] = text_of(tokens)
-    run["time"] = time_of(args, run, device, ranks)
-    run["money"] = money_of(args, device, ranks, run["time"]["hours"])
-    run["disk"] = disk_of(args, run)
-    run["host_memory_bytes"] = host_memory_of(run, device, ranks)
-    return run
 
 
-def memory_of(args: Namespace, base: BasePlan, device: Hardware, ranks: int) -> dict[str, Any]:
+def memory_of(asked: Request, base: BasePlan, machine: Machine, settings: Settings) -> dict[str, Any]:
     """Of each device, at the rows per pass that the run takes."""
-    dtype = requested_dtype() or ("float32" if device.is_cpu else "bfloat16")
-    if dtype not in ITEM_BYTES:
-        raise UserError(f"NANOCHAT_DTYPE={dtype}: choose one of {', '.join(ITEM_BYTES)}")
-    is_compiled = args.compile == "on" or (args.compile == "auto" and not device.is_cpu)
+    from nanochat.parallel import is_compiled
+
     setup = Setup(
         base.config,
         1,
-        ranks=ranks,
-        dtype=dtype,
-        is_gpu=not device.is_cpu,
-        is_compiled=is_compiled,
-        has_fp8=args.fp8,
+        ranks=machine.devices,
+        dtype=machine.dtype,
+        is_gpu=not machine.is_cpu,
+        is_compiled=is_compiled(settings.compile, is_cpu=machine.is_cpu),
+        fp8_recipe=settings.fp8_recipe,
     )
-    # A CPU's ranks share the machine's memory
-    usable = USABLE * device.memory_bytes / (ranks if device.is_cpu else 1)
-    most = largest_rows(setup, usable, base.rows_per_step)
-    rows = args.device_batch_size or planning.derived_rows(setup, base.rows_per_step, usable)
-    passes = base.rows_per_step // rows
-    expected = forecast(replace(setup, rows=rows, passes=passes))
+    rows = asked.device_batch_rows or planning.derived_rows(setup, base.rows_per_step, machine.usable_bytes)
+    expected = in_passes(setup, rows, base.rows_per_step)
     return {
         "rows": rows,
-        "passes": passes,
+        "passes": base.rows_per_step // rows,
         "rows_per_step": base.rows_per_step,
-        "largest_rows": most,
-        "fits": rows <= most,
-        "dtype": dtype,
-        "compiled": is_compiled,
+        "largest_rows": largest_rows(setup, machine.usable_bytes, base.rows_per_step),
+        "fits": expected.total_bytes <= machine.usable_bytes,
+        "dtype": machine.dtype,
+        "fp8": settings.fp8_recipe,
+        "compiled": setup.is_compiled,
         "peak_at": expected.moment,
         "parts_bytes": expected.live | expected.overhead,
         "total_bytes": expected.total_bytes,
-        "usable_bytes": int(usable),
+        "usable_bytes": machine.usable_bytes,
     }
 
 
@@ -106,54 +196,54 @@ def text_of(tokens: int) -> dict[str, Any]:
     return {"train_shards": train, "bytes": int((train + 1) * CHARS_PER_SHARD / CHARS_PER_BYTE)}
 
 
-def time_of(args: Namespace, run: dict[str, Any], device: Hardware, ranks: int) -> dict[str, Any]:
+def time_of(
+    asked: Request, base: BasePlan, machine: Machine, settings: Settings, flops_per_token: int
+) -> dict[str, Any]:
     """Hours of steps and of evaluations, which compute a third of what a step does per token."""
-    share = 1.0 if device.is_cpu else args.utilisation or EXPECTED_UTILISATION
-    speed = ranks * share * device.flops
-    steps, per_token = run["training"]["steps"], run["training"]["flops_per_token"]
-    evaluations = 0 if args.eval_every < 1 else 1 + -(-steps // args.eval_every)
-    train_s = args.time_budget or run["training"]["flops"] / speed
-    eval_s = evaluations * args.eval_tokens * per_token / 3 / speed
+    utilisation = settings.utilisation or EXPECTED_UTILISATION
+    speed, steps = machine.expected_flops(utilisation), base.training.num_steps
+    evaluations = 0 if settings.eval_every < 1 else 1 + -(-steps // settings.eval_every)
+    train_s = asked.time_budget_s or steps * base.training.total_batch_tokens * flops_per_token / speed
+    eval_s = evaluations * settings.eval_tokens * flops_per_token / 3 / speed
     return {
         "flops_per_s": speed,
-        "utilisation": None if device.is_cpu else share,
-        "tokens_per_s": speed / per_token,
+        "utilisation": None if machine.is_cpu else utilisation,
+        "tokens_per_s": speed / flops_per_token,
         "training_hours": train_s / 3600,
         "evaluations": evaluations,
+        "evaluation_tokens": settings.eval_tokens,
         "evaluation_hours": eval_s / 3600,
         "hours": (train_s + eval_s) / 3600,
     }
 
 
-def money_of(args: Namespace, device: Hardware, ranks: int, hours: float) -> dict[str, Any]:
-    price = device.price if args.price is None else args.price
-    return {
-        "price_per_device_hour": price,
-        "price_is": "given" if args.price is not None else None if price is None else f"listed, {PRICES_AS_OF}",
-        "dollars": None if price is None else price * ranks * hours,
-    }
+def money_of(machine: Machine, settings: Settings, hours: float) -> dict[str, Any]:
+    price = machine.price if settings.price is None else settings.price
+    source = None if price is None else f"listed, {PRICES_AS_OF}" if settings.price is None else "given"
+    dollars = None if price is None else price * machine.devices * hours
+    return {"price_per_device_hour": price, "price_is": source, "dollars": dollars}
 
 
-def disk_of(args: Namespace, run: dict[str, Any]) -> dict[str, Any]:
+def disk_of(base: BasePlan, settings: Settings) -> dict[str, Any]:
     """Checkpoints: weights and the whole optimizer state, as many as are kept, and one that is being written."""
-    sizes, steps = exact_sizes(ModelConfig.from_dict(run["model"])), run["training"]["steps"]
-    every = args.save_every
-    saved = [*(range(every, steps, every) if every > 0 else ()), steps]
-    kept = {*saved[-args.keep_last :], *(step for step in saved if args.keep_every > 0 and step % args.keep_every == 0)}
-    best = 1 if args.eval_every > 0 and len(saved) > len(kept) else 0
-    each, at_once = sizes.weights + sizes.state, min(len(kept) + best + 1, len(saved))
+    sizes, steps, every = exact_sizes(base.config), base.training.num_steps, settings.save_every
+    saved = 1 + ((steps - 1) // every if every > 0 else 0)  # the last step's, whatever its number
+    earlier = max(0, saved - settings.keep_last)
+    kept = saved - earlier
+    if every > 0 and settings.keep_every > 0:
+        kept += earlier * every // math.lcm(every, settings.keep_every)
+    best = 1 if settings.eval_every > 0 and saved > kept else 0
+    each, at_once = sizes.weights + sizes.state, min(kept + best + 1, saved)
     return {
         "weights_bytes": sizes.weights,
         "optimizer_bytes": sizes.state,
         "checkpoint_bytes": each,
-        "checkpoints_kept": len(kept) + best,
+        "checkpoints_kept": kept + best,
         "most_at_once": at_once,
         "bytes": at_once * each,
     }
 
 
-def host_memory_of(run: dict[str, Any], device: Hardware, ranks: int) -> int:
-    """Of the machine: on a CPU the training itself; beside GPUs a process each, and a checkpoint on its way to disk."""
-    if device.is_cpu:
-        return int(ranks * run["memory"]["total_bytes"])
-    return int(ranks * GPU_HOST_BYTES + run["disk"]["checkpoint_bytes"])
+def host_memory_of(machine: Machine, training_bytes: int, checkpoint_bytes: int) -> int:
+    """Of the whole computer: on a CPU the training; beside GPUs a process each, and a checkpoint on its way to disk."""
+    return training_bytes if machine.is_cpu else machine.devices * GPU_HOST_BYTES + checkpoint_bytes

@@ -17,6 +17,7 @@ only ones so far: 34 GB at depth 12 and 32 rows of 2,048; on cards of 80 GB 32 r
 from 28; 9 GB less in fp8 at depth 26 (pretraining spec 8.2, 11.2). Contexts and caches are rounded guesses.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -28,14 +29,14 @@ AHEAD = 4  # batches that are drawn ahead, besides those of a step
 
 # Through torch.compile.
 COMPILED_LAYER = 19  # C numbers per position and layer, about as many as operator by operator
-COMPILED_LOGIT_BYTES = 4  # of a position and vocabulary entry: logits and their gradient in two bytes
+COMPILED_LOGITS = 2  # numbers of a position and vocabulary entry: the logit and its gradient, as the model computes
 
 # Resident memory of a process that has imported torch and trained something tiny.
 CPU_PROCESS_BYTES = 340_000_000
-# What malloc holds between a forward's tensors where temporary ones were: measured 0.6 of those that lie in its heap.
-# Larger ones are mapped one by one, and go back whole (glibc's largest threshold).
-HEAP_HOLES = 0.6
-HEAP_BLOCK_BYTES = 2**25
+# What malloc holds besides, as a share of the tensors that live. Training keeps what it frees (keep_freed_memory in
+# memory.py): tensors of all sizes lie in one heap, and places between them that fit nothing new stay. Measured in 18
+# shapes of 0.15 to 1.9 GB: 0.4 to 0.6 in most, and at worst a process 14 % smaller or 19 % larger than foretold.
+HEAP_HOLES = 0.5
 GPU_PROCESS_BYTES = 1_000_000_000  # on the card: context, libraries, workspaces
 GPU_RANKS_BYTES = 1_000_000_000  # NCCL's buffers
 GPU_HOST_BYTES = 3_500_000_000  # in the machine's memory, a rank
@@ -47,7 +48,7 @@ class Setup:
     """A training step. rows: of a pass; passes: of a step. ranks: devices that share the optimizer's state.
 
     is_compiled: through torch.compile. logit_positions: how many positions' logits exist at a time; None: as
-    kernels/cross_entropy.py cuts them. has_fp8: linear layers save their inputs in 8 bits.
+    kernels/cross_entropy.py cuts them. fp8_recipe: by which linear layers compute in 8 bits.
     """
 
     config: ModelConfig
@@ -58,7 +59,7 @@ class Setup:
     is_gpu: bool = False
     is_compiled: bool = False
     logit_positions: int | None = None
-    has_fp8: bool = False
+    fp8_recipe: str | None = None
 
     @property
     def positions(self) -> int:
@@ -96,30 +97,38 @@ def forecast(setup: Setup) -> Forecast:
     sizes = exact_sizes(setup.config, setup.ranks)
     always = {"weights": sizes.weights, "optimizer state": sizes.state, "batches": batch_bytes(setup)}
     at = {"loss": at_loss, "backward": at_backward, "end": at_end, "update": at_update}
-    moments = {name: always | parts(setup, sizes) for name, parts in at.items()}
+    moments = {name: always | of_moment(setup, sizes) for name, of_moment in at.items()}
     peak = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {part: size for part, size in moments[peak].items() if size}
     if setup.is_gpu:
-        overhead = {"framework": GPU_PROCESS_BYTES + (GPU_RANKS_BYTES if setup.ranks > 1 else 0)}
-    else:
-        overhead = {"framework": CPU_PROCESS_BYTES, "holes in the heap": heap_holes(setup)}
-    return Forecast(peak, {part: size for part, size in moments[peak].items() if size}, overhead)
+        return Forecast(peak, parts, {"framework": GPU_PROCESS_BYTES + (GPU_RANKS_BYTES if setup.ranks > 1 else 0)})
+    holes = int(HEAP_HOLES * sum(parts.values()))
+    return Forecast(peak, parts, {"framework": CPU_PROCESS_BYTES, "holes in the heap": holes})
 
 
-def largest_rows(setup: Setup, free_bytes: float, rows_per_step: int) -> int:
-    """The most rows of a pass whose forecast is within `free_bytes`; 0 where not even one is.
+def largest_rows(setup: Setup, free_bytes: float, rows_per_step: int, at_most: int | None = None) -> int:
+    """The most rows of a pass whose forecast is within `free_bytes`, of which whole passes make a step; 0: none.
 
-    free_bytes: what the process may hold in all, its overhead included.
+    free_bytes: what the process may hold in all, its overhead included. at_most: rows. All are tried, from the largest:
+    more rows may need less, since a single pass finds no gradients to add to.
     """
+    candidates = (rows for rows in divisors(rows_per_step) if rows <= (at_most or rows_per_step))
+    return next((rows for rows in candidates if in_passes(setup, rows, rows_per_step).total_bytes <= free_bytes), 0)
 
-    def fits(rows: int) -> bool:
-        passes = -(-rows_per_step // rows)
-        return forecast(replace(setup, rows=rows, passes=passes)).total_bytes <= free_bytes
 
-    low, high = 0, rows_per_step
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def divisors(number: int) -> list[int]:
+    """All of them, the largest first.
+
+    >>> divisors(12)
+    [12, 6, 4, 3, 2, 1]
+    """
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)}, reverse=True)
+
+
+def in_passes(setup: Setup, rows: int, rows_per_step: int) -> Forecast:
+    """The forecast of a step of so many rows, taken `rows` at a time."""
+    return forecast(replace(setup, rows=rows, passes=rows_per_step // rows))
 
 
 # Exact: weights and optimizer state --------------------------------------------------------------------------------
@@ -193,9 +202,9 @@ def at_loss(setup: Setup, sizes: Sizes) -> dict[str, int]:
 def at_backward(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """In the last block: nothing of the activations is gone yet, the head's gradient is there."""
     gradients = (sizes.weights if setup.passes > 1 else 0) + sizes.head
-    width = 12 if setup.is_compiled else 18  # C per position: of the MLP's 4 C three or four at a time, and its output
-    work = width * setup.config.n_embd * setup.positions * setup.item_bytes
-    return _held(setup, sizes) | {"gradients": gradients, "work space": work}
+    # C per position: of the MLP's 4 C three at a time. FP8 quantises them by way of five in fp32, and some of C.
+    each = 22 * 4 if setup.fp8_recipe and not setup.is_compiled else 12 * setup.item_bytes
+    return _held(setup, sizes) | {"gradients": gradients, "work space": each * setup.config.n_embd * setup.positions}
 
 
 def at_end(setup: Setup, sizes: Sizes) -> dict[str, int]:
@@ -215,8 +224,16 @@ def at_update(setup: Setup, sizes: Sizes) -> dict[str, int]:
 
 def _held(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """What the forward leaves for the backward."""
-    casts = sizes.linear * setup.item_bytes // 4 if setup.is_cast and not setup.is_compiled else 0
-    return {"activations": activation_bytes(setup), "cast weights": casts}
+    return {"activations": activation_bytes(setup), "cast weights": sizes.linear // 4 * cast_bytes(setup)}
+
+
+def cast_bytes(setup: Setup) -> int:
+    """Of each weight's copy that the backward multiplies with; FP8 by rows makes it anew from the weight itself."""
+    if setup.is_compiled or setup.fp8_recipe == "rowwise":
+        return 0
+    if setup.fp8_recipe:
+        return 1
+    return setup.item_bytes if setup.is_cast else 0
 
 
 # Activations -------------------------------------------------------------------------------------------------------
@@ -229,10 +246,8 @@ def activation_bytes(setup: Setup) -> int:
         numbers = COMPILED_LAYER * config.n_layer * config.n_embd + 5 * config.n_embd
     else:
         numbers = sum(saved_elements(setup, layer) for layer in range(config.n_layer)) + stem_elements(config)
-    saved = positions * (numbers * setup.item_bytes + 4 * small_elements(config) * config.n_layer)
-    if setup.has_fp8:  # inputs of q, k, v, of c_fc (C each) and of the MLP's c_proj (4 C)
-        saved -= 6 * config.n_embd * config.n_layer * positions * (setup.item_bytes - 1)
-    return saved + mask_bytes(setup)
+    each = numbers * setup.item_bytes + 4 * small_elements(config) * config.n_layer + upcast_bytes(setup)
+    return positions * (each - fp8_spared_bytes(setup)) + mask_bytes(setup)
 
 
 def saved_elements(setup: Setup, layer: int) -> int:
@@ -247,6 +262,35 @@ def saved_elements(setup: Setup, layer: int) -> int:
     attended = 2 * C if goes_in_blocks(setup, layer) else C  # of each block; of the row
     mlp = 2 * 4 * C  # before and after the activation
     return stream + norms + q + k + v + attended + mlp
+
+
+def upcast_bytes(setup: Setup) -> int:
+    """Per position, beyond the count in the model's dtype: on a CPU a norm of 16-bit numbers saves them in fp32."""
+    config = setup.config
+    if setup.is_gpu or setup.is_compiled or not setup.is_cast:
+        return 0
+    heads = config.n_embd + config.n_kv_head * config.head_dim if config.qk_norm else 0  # q and k
+    return (4 - setup.item_bytes) * ((2 * config.n_embd + heads) * config.n_layer + 2 * config.n_embd)
+
+
+def fp8_spared_bytes(setup: Setup) -> int:
+    """Per position, what is not saved because FP8 keeps eight-bit copies of the layers' inputs in its place.
+
+    Operator by operator only the tensorwise recipe does so, and q, k and v each have a copy; rowwise keeps the inputs
+    themselves (kernels/fp8.py). Compiled, both spare about as much: the compiler keeps one copy for the three, or makes
+    copies anew from what is there.
+    """
+    config, C = setup.config, setup.config.n_embd
+    if not setup.fp8_recipe or (setup.fp8_recipe == "rowwise" and not setup.is_compiled):
+        return 0
+    if setup.is_compiled:  # inputs of q, k, v and of c_fc (C each) and of the MLP's c_proj (4 C)
+        return 6 * C * config.n_layer * (setup.item_bytes - 1)
+    spared = 0
+    for layer in range(config.n_layer):
+        mixed = C if goes_in_blocks(setup, layer) else 0  # else attention itself saves what c_proj is given
+        gated = 0 if config.has_value_embedding(layer) else C  # the gate wants what q, k and v are given
+        spared += (C + 4 * C + gated + mixed) * setup.item_bytes - (3 + 1 + 1 + 4) * C
+    return spared
 
 
 def stem_elements(config: ModelConfig) -> int:
@@ -278,16 +322,6 @@ def mask_bytes(setup: Setup) -> int:
     return setup.rows * CPU_BLOCK * sum(seen) * setup.item_bytes
 
 
-def heap_holes(setup: Setup) -> int:
-    """What the process holds because of activations, and nothing lies in."""
-    unit = setup.positions * setup.config.n_embd * setup.item_bytes
-    in_mlp = 8 * setup.config.n_layer * unit  # in tensors of four units
-    others = activation_bytes(setup) - in_mlp
-    return int(
-        HEAP_HOLES * ((in_mlp if 4 * unit < HEAP_BLOCK_BYTES else 0) + (others if unit < HEAP_BLOCK_BYTES else 0))
-    )
-
-
 def loss_bytes(setup: Setup, sizes: Sizes) -> int:
     """Logits and what is made of them; where they are cut, also the finished gradients of head and hidden states."""
     from nanochat.kernels.cross_entropy import CPU, GPU
@@ -295,10 +329,10 @@ def loss_bytes(setup: Setup, sizes: Sizes) -> int:
     config, chunking = setup.config, GPU if setup.is_gpu else CPU
     is_cut = setup.logit_positions is None and chunking.pays(setup.positions, config.vocab_size)
     if not is_cut:  # softcapped logits, their log-softmax, and two gradients of that
-        each = COMPILED_LOGIT_BYTES if setup.is_compiled else 4 * (4 if config.softcap else 3)
+        each = COMPILED_LOGITS * setup.item_bytes if setup.is_compiled else 4 * (4 if config.softcap else 3)
         return min(setup.positions, setup.logit_positions or setup.positions) * config.vocab_size * each
     positions = min(setup.positions, chunking.positions(config.vocab_size)[0])
-    each = COMPILED_LOGIT_BYTES if setup.is_compiled else setup.item_bytes
+    each = setup.item_bytes * (COMPILED_LOGITS if setup.is_compiled else 1)
     blocks = 0 if setup.is_compiled else 4 * 3 * min(chunking.block, positions * config.vocab_size)
     head = sizes.head * (2 if positions < setup.positions else 1)  # a chunk's, and the sum over those before
     hidden = (setup.positions + positions) * config.n_embd * setup.item_bytes

@@ -1,14 +1,17 @@
 """What devices can do and cost, by name: the one table that MFU, plans and forecasts read.
 
-Peaks, memory and bandwidth are the vendors' data sheets. Prices are what GPU clouds listed for an hour on demand, one
+Peaks and memory are the vendors' data sheets. Prices are what GPU clouds listed for an hour on demand, one
 card, rounded, as remembered in `PRICES_AS_OF` and not looked up since: they differ by tens of percent between sellers
 and months, so `scripts.plan` says their date and takes another with --price. What has no market price has none here.
 
 This module never imports torch.
 """
 
+import math
+import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nanochat.common import UserError, printable
 
@@ -17,16 +20,15 @@ PRICES_AS_OF = "autumn 2025"
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.
+    """One GPU.
 
     words: all of them stand in its name. flops: dense bf16 FLOP/s. memory_gb: as sold, which is in 2^30 bytes,
-    nearly. bandwidth_tbs: of the memory, 10^12 bytes/s. price: US dollars per hour, or None.
+    nearly. price: US dollars per hour, or None.
     """
 
     words: str
     flops: float
     memory_gb: float
-    bandwidth_tbs: float
     price: float | None = None
 
     @property
@@ -34,14 +36,8 @@ class Hardware:
         return int(self.memory_gb * 2**30)
 
     @property
-    def is_cpu(self) -> bool:
-        return self.words == CPU
-
-    @property
     def name(self) -> str:
         """As a flag takes it: H100-PCIE, RTX4090."""
-        if self.is_cpu:
-            return self.words
         return f"RTX{self.words}" if self.words.isdigit() else self.words.upper().replace(" ", "-")
 
 
@@ -49,45 +45,47 @@ class Hardware:
 # only: an L40 is no L4, and an RTX A4000 no A40. Of a card that is sold with several sizes of memory the larger stands
 # here; a name that tells a smaller one is believed.
 GPUS: tuple[Hardware, ...] = (
-    Hardware("gb200", 2.5e15, 186, 8.0),
-    Hardware("grace blackwell", 2.5e15, 186, 8.0),
-    Hardware("b200", 2.25e15, 180, 8.0, 5.00),
-    Hardware("b100", 1.8e15, 192, 8.0),
-    Hardware("h200 nvl", 836e12, 141, 4.8, 3.50),
-    Hardware("h200 pcie", 836e12, 141, 4.8, 3.50),
-    Hardware("h200", 989e12, 141, 4.8, 3.50),
-    Hardware("gh200", 989e12, 96, 4.0, 1.50),
-    Hardware("h100 nvl", 835e12, 94, 3.9, 2.80),
-    Hardware("h100 pcie", 756e12, 80, 2.0, 2.40),
-    Hardware("h100", 989e12, 80, 3.35, 3.00),
-    Hardware("h800 nvl", 989e12, 94, 3.9),
-    Hardware("h800", 756e12, 80, 2.0),
-    Hardware("a100", 312e12, 80, 2.0, 1.79),
-    Hardware("a800", 312e12, 80, 2.0),
-    Hardware("a40", 149.7e12, 48, 0.696, 0.40),
-    Hardware("a30", 165e12, 24, 0.933),
-    Hardware("l40s", 362e12, 48, 0.864, 0.85),
-    Hardware("l40", 181e12, 48, 0.864, 0.90),
-    Hardware("l4", 121e12, 24, 0.3, 0.45),
-    Hardware("mi355x", 2.5e15, 288, 8.0),
-    Hardware("mi325x", 1.3074e15, 256, 6.0),
-    Hardware("mi300a", 980.6e12, 128, 5.3),
-    Hardware("mi300x", 1.3074e15, 192, 5.3, 2.50),
-    Hardware("mi250x", 383e12, 128, 3.28),
-    Hardware("mi250", 362.1e12, 128, 3.28),
-    Hardware("5090", 209.5e12, 32, 1.79, 0.80),
-    Hardware("4090", 165.2e12, 24, 1.01, 0.50),
-    Hardware("3090", 71e12, 24, 0.936, 0.30),
+    Hardware("gb200", 2.5e15, 186),
+    Hardware("grace blackwell", 2.5e15, 186),
+    Hardware("b200", 2.25e15, 180, 5.00),
+    Hardware("b100", 1.8e15, 192),
+    Hardware("h200 nvl", 836e12, 141, 3.50),
+    Hardware("h200 pcie", 836e12, 141, 3.50),
+    Hardware("h200", 989e12, 141, 3.50),
+    Hardware("gh200", 989e12, 96, 1.50),
+    Hardware("h100 nvl", 835e12, 94, 2.80),
+    Hardware("h100 pcie", 756e12, 80, 2.40),
+    Hardware("h100", 989e12, 80, 3.00),
+    Hardware("h800 nvl", 989e12, 94),
+    Hardware("h800", 756e12, 80),
+    Hardware("a100", 312e12, 80, 1.79),
+    Hardware("a800", 312e12, 80),
+    Hardware("a40", 149.7e12, 48, 0.40),
+    Hardware("a30", 165e12, 24),
+    Hardware("l40s", 362e12, 48, 0.85),
+    Hardware("l40", 181e12, 48, 0.90),
+    Hardware("l4", 121e12, 24, 0.45),
+    Hardware("mi355x", 2.5e15, 288),
+    Hardware("mi325x", 1.3074e15, 256),
+    Hardware("mi300a", 980.6e12, 128),
+    Hardware("mi300x", 1.3074e15, 192, 2.50),
+    Hardware("mi250x", 383e12, 128),
+    Hardware("mi250", 362.1e12, 128),
+    Hardware("5090", 209.5e12, 32, 0.80),
+    Hardware("4090", 165.2e12, 24, 0.50),
+    Hardware("3090", 71e12, 24, 0.30),
 )
 
-# Training FLOP/s that a plan expects before anything was timed: the batch is fitted to them under a time budget.
-EXPECTED_UTILISATION = 0.4  # of a GPU's bf16 peak
-EXPECTED_CPU_FLOPS = 5e10
-
-# What a core of a CPU did in training at depths 4 and 6: 120 and 124 GFLOP/s on two cores with AVX-512, fp32, which is
-# 55 to 57 % of what they can (dev/LOG.md, the table of scripts.bench).
-MEASURED_CORE_FLOPS = 6e10
 CPU = "cpu"
+
+# What training is expected to do before anything was timed, in FLOP/s. Under a time budget the batch is fitted to it,
+# except on a CPU, where a run times a pass instead (nanochat/train/pace.py).
+EXPECTED_UTILISATION = 0.4  # of a GPU's bf16 peak
+UNKNOWN_FLOPS = 5e10  # of a device that the table does not have, such as a Mac's
+
+# Of each core of a CPU: 120 and 124 GFLOP/s were measured at depths 4 and 6 in fp32 on two cores with AVX-512, which is
+# 55 to 57 % of what they can; in bfloat16, with AVX512_BF16, a step of depth 4 took half as long (dev/LOG.md).
+CORE_FLOPS = {"float32": 6e10, "bfloat16": 1.2e11}
 
 
 def find_gpu(device_name: str) -> Hardware | None:
@@ -107,29 +105,46 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def expected_flops(peak: float | None) -> float:
-    """A guess at the training FLOP/s of one device whose peak is known, or that has none."""
-    return EXPECTED_UTILISATION * peak if peak else EXPECTED_CPU_FLOPS
+    """A guess at the training FLOP/s of one device by its peak, or of one whose peak is unknown."""
+    return EXPECTED_UTILISATION * peak if peak else UNKNOWN_FLOPS
 
 
-def parse_machine(text: str) -> tuple[int, str]:
-    """(number of devices, name) of `8xH100`, `H100` or `cpu`. Raises UserError where the name is none that is known."""
+def core_flops(dtype: str) -> float:
+    """A guess at the training FLOP/s of a CPU's core; dtypes that were never measured count as fp32."""
+    return CORE_FLOPS.get(dtype, CORE_FLOPS["float32"])
+
+
+def usable_cores() -> float:
+    """Cores that this process may use: of its affinity, and of its control group's quota."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    path = Path("/sys/fs/cgroup/cpu.max")
+    return min(cores, cores_of_quota(path.read_text(encoding="ascii")) if path.is_file() else cores)
+
+
+def cores_of_quota(text: str) -> float:
+    """What Linux's cpu.max grants.
+
+    >>> cores_of_quota("150000 100000"), cores_of_quota("max 100000")
+    (1.5, inf)
+    """
+    quota, _, period = text.strip().partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
+
+
+def parse_machine(text: str) -> tuple[int, Hardware | None]:
+    """(number of devices, which) of `8xH100`, `H100` or `cpu`, for which there is None.
+
+    Raises UserError where the name is none that is known.
+    """
     match = re.fullmatch(r"(?:(\d{1,6})\s*[xX*]\s*)?(.+)", text.strip(), re.DOTALL)
     count, name = (int(match[1] or 1), match[2]) if match else (1, "")
-    if count < 1 or not name.isprintable() or (name.lower() != CPU and find_gpu(_spaced(name)) is None):
+    is_cpu, gpu = name.lower() == CPU, find_gpu(_spaced(name))
+    if count < 1 or not name.isprintable() or not (is_cpu or gpu):
         known = ", ".join([CPU, *dict.fromkeys(gpu.name for gpu in GPUS)])
         raise UserError(f"--gpus={printable(text[:60])}: not a machine that is known; give NAME or 8xNAME of {known}")
-    if count > 1 and name.lower() == CPU:
+    if count > 1 and is_cpu:
         raise UserError(f"--gpus={printable(text[:60])}: cpu is this machine with all its cores; there is one of it")
-    return count, name
-
-
-def find_hardware(name: str, cpu_cores: int, cpu_memory_gb: float) -> Hardware:
-    """A device that `parse_machine` took. cpu_cores, cpu_memory_gb: of the machine that `cpu` stands for."""
-    if name.lower() == CPU:
-        return Hardware(CPU, cpu_cores * MEASURED_CORE_FLOPS, cpu_memory_gb, 0.0)
-    gpu = find_gpu(_spaced(name))
-    assert gpu is not None, f"{name} has not gone through parse_machine"
-    return gpu
+    return count, None if is_cpu else gpu
 
 
 def _spaced(name: str) -> str:

@@ -62,12 +62,6 @@ class Batch:
         """The batch with each of its tensors changed; `change` must keep the number of targets."""
         return Batch(change(self.inputs), change(self.targets), change(self.document_ids), self.target_count)
 
-    def split(self, rows: int) -> Iterator["Batch"]:
-        """The batch in parts of at most `rows` rows."""
-        for start in range(0, self.inputs.size(0), rows):
-            part = slice(start, start + rows)
-            yield Batch(self.inputs[part], self.targets[part], self.document_ids[part])
-
     def num_targets(self) -> int:
         """Targets that count."""
         return int((self.targets >= 0).sum()) if self.target_count is None else self.target_count

@@ -98,7 +98,7 @@ class Runtime:
         ranks the graph is cut where a bucket of parameters ends, as PyTorch's DDP has it: of one uncut graph all
         gradients come at once, at the end of the backward, and none could travel meanwhile.
         """
-        if mode == "off" or (mode == "auto" and self.device.type == "cpu"):
+        if not is_compiled(mode, is_cpu=self.device.type == "cpu"):
             return function
         if self.world_size > 1:
             from torch._dynamo.backends.distributed import DDPOptimizer  # imports the compiler
@@ -154,6 +154,11 @@ class Runtime:
     def synchronize(self) -> None:
         """Wait until the device has done what it was asked, so that clocks tell the truth."""
         synchronize(self.device)
+
+
+def is_compiled(mode: str, is_cpu: bool) -> bool:
+    """What --compile means."""
+    return mode == "on" or (mode == "auto" and not is_cpu)
 
 
 class Compiled:

@@ -4,8 +4,9 @@
 cannot differ: both read the same flags and call the same function.
 """
 
+import math
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat import cli, scaling
@@ -52,9 +53,46 @@ def model_shape(args: Namespace) -> dict[str, Any]:
     return given | {"laws": args.laws} | cli.architecture_switches(args)
 
 
-def base_config(args: Namespace, vocab_size: int) -> ModelConfig:
-    """The model that the flags come to."""
-    return scaling.model_config(args.depth, vocab_size, **model_shape(args))
+@dataclass(frozen=True)
+class Request:
+    """What a base run is asked for, as far as its plan follows from it. None: to be derived.
+
+    model_shape: as `scaling.model_config` takes it. time_budget_s: in place of a horizon. device_batch_rows: of a pass.
+    """
+
+    depth: int
+    model_shape: dict[str, Any]
+    horizon: scaling.Horizon
+    time_budget_s: float | None
+    device_batch_rows: int | None
+    total_batch_tokens: int | None
+    weight_decay: float
+    schedule: scaling.Schedule
+    laws: str
+
+
+def request_of(args: Namespace) -> Request:
+    """What the flags of `add_base_flags` ask for."""
+    ratio = args.target_param_data_ratio or scaling.DEFAULT_RATIO
+    return Request(
+        depth=args.depth,
+        model_shape=model_shape(args),
+        horizon=scaling.Horizon(args.num_iterations, args.target_flops, ratio),
+        time_budget_s=args.time_budget,
+        device_batch_rows=args.device_batch_size,
+        total_batch_tokens=args.total_batch_size,
+        weight_decay=args.weight_decay,
+        schedule=scaling.Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
+        laws=args.laws,
+    )
+
+
+# The plan ------------------------------------------------------------------------------------------------------
+
+
+def base_config(asked: Request, vocab_size: int) -> ModelConfig:
+    """The model that is asked for."""
+    return scaling.model_config(asked.depth, vocab_size, **asked.model_shape)
 
 
 @dataclass(frozen=True)
@@ -67,31 +105,33 @@ class BasePlan:
 
 
 def base_plan(
-    args: Namespace, vocab_size: int, world_size: int, expected_flops: float, begun_batch: int | None = None
+    asked: Request, vocab_size: int, world_size: int, expected_flops: float, begun_batch: int | None = None
 ) -> BasePlan:
-    """What the flags come to. Raises UserError where a batch, given or begun, cannot be shared by the ranks.
+    """What it comes to. Raises UserError where a batch, given or begun, cannot be shared by the ranks.
 
     expected_flops: FLOP/s of all ranks, for time budgets. begun_batch: tokens a step of a run that goes on.
     """
     from nanochat.model.gpt import flops_per_token, scaling_parameters  # need torch, which takes seconds
 
-    config = base_config(args, vocab_size)
-    reference = scaling.model_config(scaling.REFERENCE_DEPTH, vocab_size, **model_shape(args))
-    micro_batch = scaling.MicroBatch(config.sequence_len, world_size, args.device_batch_size or 1)
+    config = base_config(asked, vocab_size)
+    reference = scaling.model_config(scaling.REFERENCE_DEPTH, vocab_size, **asked.model_shape)
+    micro_batch = scaling.MicroBatch(config.sequence_len, world_size, asked.device_batch_rows or 1)
     if begun_batch:
         micro_batch.check(begun_batch, is_given=False)
-    target_flops = args.time_budget * expected_flops if args.time_budget else args.target_flops
+    horizon = asked.horizon
+    if asked.time_budget_s:
+        horizon = replace(horizon, target_flops=asked.time_budget_s * expected_flops)
     training = scaling.training_plan(
         scaling_parameters(config),
         scaling_parameters(reference),
         flops_per_token(config),
         config.n_embd,
-        scaling.Horizon(args.num_iterations, target_flops, args.target_param_data_ratio or scaling.DEFAULT_RATIO),
+        horizon,
         micro_batch,
-        total_batch_tokens=begun_batch or args.total_batch_size,
-        weight_decay=args.weight_decay,
-        schedule=scaling.Schedule(args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
-        laws=args.laws,
+        total_batch_tokens=begun_batch or asked.total_batch_tokens,
+        weight_decay=asked.weight_decay,
+        schedule=asked.schedule,
+        laws=asked.laws,
     )
     return BasePlan(config, training, training.total_batch_tokens // (config.sequence_len * world_size))
 
@@ -101,7 +141,5 @@ def derived_rows(setup: Setup, rows_per_step: int, free_bytes: float | None) -> 
 
     free_bytes: what the process may hold; None: unknown.
     """
-    is_open = setup.is_gpu and free_bytes is not None
-    most = rows_per_step if is_open else min(rows_per_step, cli.DEVICE_BATCH_SIZE)
-    fitting = most if free_bytes is None else largest_rows(setup, free_bytes, rows_per_step)
-    return scaling.device_batch_rows(rows_per_step, at_most=max(1, min(most, fitting)))
+    at_most = rows_per_step if setup.is_gpu and free_bytes is not None else min(rows_per_step, cli.DEVICE_BATCH_SIZE)
+    return largest_rows(setup, math.inf if free_bytes is None else free_bytes, rows_per_step, at_most) or 1

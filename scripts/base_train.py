@@ -50,16 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             print0(f"{run.folder}: finished at step {run.start}, nothing to do")
             return
         # The dial: a model of this depth, and the plan that its size and horizon ask for
-        model = build_model(planning.base_config(args, tokenizer.vocab_size), rt.device, rt.dtype, args.seed)
-        if args.fp8:
-            model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
+        asked = planning.request_of(args)
+        model = build_model(planning.base_config(asked, tokenizer.vocab_size), rt.device, rt.dtype, args.seed)
+        fp8_recipe = args.fp8_recipe if args.fp8 else None
+        if fp8_recipe:
+            model.use_fp8(find_recipe(fp8_recipe, rt.device, args.fp8_emulate))
         loss_fn = rt.compile(model.loss, args.compile)
         begun_batch = run.saved_plan.get("total_batch_tokens")
         guess = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
         pace = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
-        base = planning.base_plan(args, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
+        base = planning.base_plan(asked, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, args.fp8)
+        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, fp8_recipe)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
         inheritance["expected_flops"] = pace

@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from nanochat.machine import cpu_seconds, describe_machine, git_commit, matmul_peak_flops
     from nanochat.parallel import runtime
+    from nanochat.precision import dtype_name
 
     measure = {
         "train": bench_train,
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if rt.world_size > 1:
             raise UserError(f"{rt.world_size} ranks: scripts.bench measures one process; start it without torchrun")
 
-        dtype = str(rt.dtype).removeprefix("torch.")
+        dtype = dtype_name(rt.dtype)
 
         def peak_gflops(when: str) -> dict[str, float]:
             dtypes = {"float32": torch.float32, dtype: rt.dtype}

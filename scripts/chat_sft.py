@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.time_budget is None:
             run.check_horizon(num_steps)
         model = base.build_model(rt.device, rt.dtype)
-        if args.fp8:
-            model.use_fp8(find_recipe(args.fp8_recipe, rt.device, args.fp8_emulate))
+        fp8_recipe = args.fp8_recipe if args.fp8 else None
+        if fp8_recipe:
+            model.use_fp8(find_recipe(fp8_recipe, rt.device, args.fp8_emulate))
         loss_fn = rt.compile(model.loss, args.compile)
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, args.fp8)
+        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, fp8_recipe)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(

@@ -6,36 +6,36 @@
     python -m scripts.plan --table                               # the tables of docs/plan.md
 
 Takes every flag of scripts.base_train, so that one command line serves both; those that change nothing here are read
-all the same. Of --gpus, `cpu` is this machine. docs/plan.md says how to read it, and how far to trust it.
+all the same. Of --gpus, `cpu` is this machine: the cores, the memory and the dtype that a run would find on it now.
+docs/plan.md says how to read it, and how far to trust it.
 """
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 from nanochat import cli, planning
 from nanochat.common import UserError, prepare_process, print0, to_json
-from nanochat.costs import plan_run
-from nanochat.hardware import CPU, EXPECTED_UTILISATION, parse_machine
-from nanochat.memory import machine_memory_bytes
+from nanochat.costs import Machine, Settings, cpu_machine, find_machine, gpu_machine, plan_run
+from nanochat.hardware import EXPECTED_UTILISATION, parse_machine
 
 GIB = 2**30
 TABLE_DEPTHS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
-# (flags, title); `cpu` is then a machine of this many cores and GiB.
+# (flags, title). `cpu` is then not this machine but a certain one, so that the tables are the same everywhere.
 TABLE_MACHINES = (
-    (("--gpus=cpu", "--max-seq-len=512", "--eval-tokens=65536"), "Two CPU cores, 16 GiB, context 512"),
+    (("--gpus=cpu", "--max-seq-len=512", "--eval-tokens=65536"), "Two CPU cores, float32, 16 GiB, context 512"),
     (("--gpus=RTX4090",), "One card of 24 GB, an RTX 4090, context 2,048"),
     (("--gpus=H200",), "One H200, context 2,048"),
     (("--gpus=8xH100",), "8 x H100, context 2,048"),
 )
-TABLE_CORES, TABLE_MEMORY_GIB = 2, 16.0
+TABLE_CORES, TABLE_MEMORY_BYTES, TABLE_DTYPE = 2, 16 * GIB, "float32"
 SMALL_WIDTH = 768  # of depth 12; narrower models do not fill a GPU
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
-    parser.flag("--gpus", machine, "8xH100", "devices: cpu, NAME, or 8xNAME; an unknown name lists the known ones")
+    devices = "devices: cpu (this machine), NAME, or 8xNAME; an unknown name lists the known ones"
+    parser.flag("--gpus", machine, "8xH100", devices)
     parser.flag("--price", cli.non_negative_float, None, "US dollars per device and hour; else a list price")
     share = f"share of the GPUs' bf16 peak that training gets; else {EXPECTED_UTILISATION:g}"
     parser.flag("--utilisation", cli.number_between(0.001, 1), None, share)
@@ -45,14 +45,21 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     planning.add_base_flags(parser)
     parser.check(lambda args: "--table, --json: give one of them" if args.table and args.json else None)
     parser.check(lambda args: planning.batch_problem(args, parse_machine(args.gpus)[0]))
-    parser.check(
-        lambda args: (
-            "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"
-            if args.utilisation and parse_machine(args.gpus)[1].lower() == CPU
-            else None
-        )
-    )
+    parser.check(unfit_for_cpu)
     return parser.parse(argv)
+
+
+def unfit_for_cpu(args: Namespace) -> str | None:
+    """The rule that what only GPUs have is not asked of a CPU."""
+    if parse_machine(args.gpus)[1] is not None:
+        return None
+    if args.utilisation:
+        return "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"
+    return (
+        "--fp8: a CPU has no FP8 products; leave it out, or add --fp8-emulate"
+        if args.fp8 and not args.fp8_emulate
+        else None
+    )
 
 
 def machine(text: str) -> str:
@@ -70,11 +77,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.table:
         print0("\n".join(tables()))
         return
-    cores, memory_gib = os.cpu_count() or 1, (machine_memory_bytes() or 16 * GIB) / GIB
-    plan = plan_run(args, cores, memory_gib)
+    plan = plan_run(planning.request_of(args), find_machine(args.gpus), settings_of(args), args.vocab_size)
     print0("\n".join(told(plan)))
     if args.json:
         print0(to_json(plan))
+
+
+def settings_of(args: Namespace) -> Settings:
+    return Settings(
+        compile=args.compile,
+        fp8_recipe=args.fp8_recipe if args.fp8 else None,
+        eval_every=args.eval_every,
+        eval_tokens=args.eval_tokens,
+        save_every=args.save_every,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        utilisation=args.utilisation,
+        price=args.price,
+    )
 
 
 # What is told --------------------------------------------------------------------------------------------------
@@ -82,16 +102,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def told(run: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    devices = run["machine"]
-    cores = f" of {devices['cores']} cores" if devices["cores"] else ""
+    is_cpu, devices = run["machine"]["cores"] is not None, run["machine"]["devices"]
     sections = {
         "model": model_rows(run),
         "training": training_rows(run),
-        f"memory of {'each' if devices['devices'] > 1 else 'the'} device": memory_rows(run),
+        f"memory of {'each device' if devices > 1 else 'this machine' if is_cpu else 'the device'}": memory_rows(run),
         "time and money": money_rows(run),
-        "disk and host": disk_rows(run),
+        "disk" if is_cpu else "disk and host": disk_rows(run),
     }
-    lines = [f"depth {run['depth']} on {devices['devices']} x {devices['device']}{cores}"]
+    where = (
+        f"{plural(run['machine']['cores'], 'core')} of this machine"
+        if is_cpu
+        else f"{devices} x {run['machine']['device']}"
+    )
+    lines = [f"depth {run['depth']} on {where}"]
     for title, rows in sections.items():
         lines += ["", title, *(f"  {name:<24} {value}" for name, value in rows)]
     return lines + (["", does_not_fit(run["memory"])] if not run["memory"]["fits"] else [])
@@ -133,11 +157,13 @@ def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
 def memory_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     memory = run["memory"]
     parts = [(f"  {part}", gib(size)) for part, size in memory["parts_bytes"].items() if size > GIB / 200]
-    how = f"{memory['dtype']}{', compiled' if memory['compiled'] else ''}, {plural(memory['rows'], 'row')} a pass"
+    fp8 = f", fp8 {memory['fp8']}" if memory["fp8"] else ""
+    how = f"{memory['dtype']}{fp8}{', compiled' if memory['compiled'] else ''}, {plural(memory['rows'], 'row')} a pass"
+    largest = plural(memory["largest_rows"], "row") if memory["largest_rows"] else "none"
     return [
         ("at its peak", f"{gib(memory['total_bytes'])} of {memory['usable_bytes'] / GIB:,.1f} usable  ({how})"),
         *parts,
-        ("largest device batch", f"{plural(memory['largest_rows'], 'row')}, of {memory['rows_per_step']:,} a step"),
+        ("largest device batch", f"{largest}, of {memory['rows_per_step']:,} a step"),
     ]
 
 
@@ -147,35 +173,37 @@ def money_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     if money["dollars"] is not None:
         per_hour = f"${money['price_per_device_hour']:,.2f} per device and hour, {money['price_is']}"
         price = f"${money['dollars']:,.2f}  ({per_hour})"
+    evaluations = f"{plural(time['evaluations'], 'time')} {time['evaluation_tokens']:,} tokens"
     return [
         ("speed", f"{time['tokens_per_s']:,.0f} tokens/s  ({speed_source(run)})"),
         ("training", hours(time["training_hours"])),
-        ("evaluation", f"{hours(time['evaluation_hours'])}  ({plural(time['evaluations'], 'time')})"),
+        ("evaluation", f"{hours(time['evaluation_hours'])}  ({evaluations})"),
         ("price", price),
     ]
 
 
 def speed_source(run: dict[str, Any]) -> str:
-    share = run["time"]["utilisation"]
-    if share is None:
-        return "as two such cores were measured"
+    time, cores = run["time"], run["machine"]["cores"]
+    if cores is not None:
+        return f"{time['flops_per_s'] / cores / 1e9:.0f} GFLOP/s a core, as measured on one kind of processor"
     bound = "; a small model gets less" if run["model"]["n_embd"] < SMALL_WIDTH else ""
-    return f"{share:.0%} of the bf16 peak, assumed{bound}"
+    return f"{time['utilisation']:.0%} of the bf16 peak, assumed{bound}"
 
 
 def disk_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     text, disk = run["text"], run["disk"]
+    host = [("host memory", gib(run["host_memory_bytes"]).strip())] if run["machine"]["cores"] is None else []
     return [
         ("text", f"{gb(text['bytes'])}: {text['train_shards']:,} shards of ClimbMix and one to validate on"),
         ("a checkpoint", f"{gb(disk['checkpoint_bytes'])}, {gb(disk['weights_bytes'])} of them weights"),
-        ("checkpoints", f"{gb(disk['bytes'])}: {disk['most_at_once']} at a time at most"),
-        ("host memory", gib(run["host_memory_bytes"]).strip()),
+        ("checkpoints", f"{gb(disk['bytes'])}: {disk['most_at_once']:,} at a time at most"),
+        *host,
     ]
 
 
 def does_not_fit(memory: dict[str, Any]) -> str:
     if memory["largest_rows"]:
-        return f"does not fit: give --device-batch-size={memory['largest_rows']} or less"
+        return f"does not fit: give --device-batch-size={memory['largest_rows']}"
     return "does not fit: not even one row a pass; fewer layers, a shorter --max-seq-len, or more memory"
 
 
@@ -187,11 +215,12 @@ def gib(size: float) -> str:
     return f"{size / GIB:>7,.2f} GiB"
 
 
-def plural(count: int, name: str) -> str:
+def plural(count: float, name: str) -> str:
     """
-    >>> plural(1, "row"), plural(2_000, "pass")
-    ('1 row', '2,000 passes')
+    >>> plural(1, "row"), plural(2_000, "pass"), plural(1.5, "core")
+    ('1 row', '2,000 passes', '1.5 cores')
     """
+    count = int(count) if count == int(count) else count
     return f"{count:,} {name}{'' if count == 1 else 'es' if name.endswith('s') else 's'}"
 
 
@@ -224,13 +253,19 @@ def tables() -> list[str]:
     """The tables of docs/plan.md: what follows from the depth, and what it means on each machine."""
     lines: list[str] = []
     for flags, title in TABLE_MACHINES:
-        runs = [
-            plan_run(parse_args([*flags, f"--depth={depth}"]), TABLE_CORES, TABLE_MEMORY_GIB) for depth in TABLE_DEPTHS
-        ]
+        machine = table_machine(flags[0])
+        asked = [parse_args([*flags, f"--depth={depth}"]) for depth in TABLE_DEPTHS]
+        runs = [plan_run(planning.request_of(args), machine, settings_of(args)) for args in asked]
         if not lines:
             lines += model_table(runs)
         lines += ["", f"### {title}", "", f"`python -m scripts.plan --depth=N {' '.join(flags)}`", *machine_table(runs)]
     return lines
+
+
+def table_machine(flag: str) -> Machine:
+    """What --gpus names, whatever the machine and the environment here."""
+    devices, gpu = parse_machine(flag.partition("=")[2])
+    return cpu_machine(TABLE_CORES, TABLE_MEMORY_BYTES, TABLE_DTYPE) if gpu is None else gpu_machine(gpu, devices)
 
 
 def model_table(runs: list[dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from nanochat.checkpoint import num_bytes
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
 from nanochat.evals.memory import SHAPES, LiveBytes, Shape, measure, measure_alone
-from nanochat.forecast import USABLE, Setup, exact_sizes, forecast, largest_rows
+from nanochat.forecast import USABLE, Setup, divisors, exact_sizes, forecast, in_passes, largest_rows
 from nanochat.model.gpt import build_model
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Runtime
@@ -70,9 +70,9 @@ def test_storages_are_counted_once_while_they_live() -> None:
         assert live.peak == 4000
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.depth}-{s.vocab_size}-{s.rows}x{s.sequence_len}")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_tensors_of_a_step_are_foretold_within_15_percent(shape: Shape) -> None:
-    """The promise is 15 %. It is 0 to 5 % today, and held to 8, so that a part that is forgotten is seen."""
+    """The promise is 15 %. It is 0 to 4 % today, and held to 8, so that a part that is forgotten is seen."""
     assert forecast(shape.setup()).live_bytes == pytest.approx(measure(shape)["live_bytes"], rel=0.08)
 
 
@@ -83,6 +83,17 @@ def test_the_shapes_differ_in_everything_and_are_not_all_tiny() -> None:
     assert len({shape.setup().config.n_embd for shape in SHAPES}) >= 3
     assert {forecast(shape.setup()).moment for shape in SHAPES} == {"loss", "backward"}
     assert any(shape.vocab_size == 32768 for shape in SHAPES)
+    assert {shape.dtype for shape in SHAPES} == {"float32", "bfloat16"}
+    mapped_at_most = 2**25  # by glibc's own rule, larger tensors would lie outside of its heap
+    assert any(4 * 4 * s.rows * s.sequence_len * s.setup().config.n_embd > mapped_at_most for s in SHAPES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recipe", ["", "tensorwise", "rowwise"])
+def test_precision_and_recipe_are_in_the_forecast(recipe: str, dtype: str) -> None:
+    """Uncompiled, tensorwise FP8 keeps eight-bit copies of what layers are given, and rowwise all of it."""
+    shape = Shape(4, 1024, 512, 4, dtype=dtype, fp8=recipe)
+    assert forecast(shape.setup()).live_bytes == pytest.approx(measure(shape)["live_bytes"], rel=0.08)
 
 
 SWITCHES = [
@@ -112,8 +123,9 @@ def test_where_few_tokens_are_trained_on_the_optimizer_decides(shape: Shape) -> 
 
 
 def assert_resident_memory_is_foretold(shape: Shape) -> None:
+    """The promise is 25 %. It is held to 20, so that holes in the heap that are forgotten are seen."""
     measured = measure_alone(shape)["rss_bytes"]
-    assert forecast(shape.setup()).total_bytes == pytest.approx(measured, rel=0.25)
+    assert forecast(shape.setup()).total_bytes == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -122,8 +134,9 @@ def test_the_memory_of_the_process_is_foretold_within_25_percent(shape: Shape) -
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_larger_process_is_foretold() -> None:
-    assert_resident_memory_is_foretold(Shape(4, 4096, 512, 32))
+@pytest.mark.parametrize("shape", [Shape(4, 4096, 512, 32), Shape(8, 1024, 128, 1)], ids=["activations", "weights"])
+def test_the_memory_of_a_larger_process_is_foretold(shape: Shape) -> None:
+    assert_resident_memory_is_foretold(shape)
 
 
 @pytest.mark.slow
@@ -160,8 +173,9 @@ def test_on_80_gb_cards_the_device_batches_fit_that_fitted_the_ancestor(depth: i
 
 def test_fp8_saves_about_what_it_saved_the_ancestor() -> None:
     setup = replace(GPU, config=model_config(26), rows=16, passes=2)
-    saved = forecast(setup).total_bytes - forecast(replace(setup, has_fp8=True)).total_bytes
-    assert saved == pytest.approx(9e9, rel=0.25)
+    for recipe in ("tensorwise", "rowwise"):
+        saved = forecast(setup).total_bytes - forecast(replace(setup, fp8_recipe=recipe)).total_bytes
+        assert saved == pytest.approx(9e9, rel=0.25)
 
 
 # Rules
@@ -173,6 +187,20 @@ def test_logits_in_chunks_cost_what_the_chunk_costs() -> None:
     assert forecast(whole).live["logits and loss"] == 4 * 4 * 8 * 512 * 32768
     assert forecast(cut).live_bytes < 0.35 * forecast(whole).live_bytes
     assert forecast(GPU).total_bytes < forecast(replace(GPU, logit_positions=WHOLE_LOGITS)).total_bytes - 6e9
+
+
+def test_layers_keep_copies_of_their_weights_as_they_multiply_with_them() -> None:
+    setup = Setup(model_config(4, 4096, 64), rows=8, passes=2, dtype="bfloat16")
+    recipes = [replace(setup, fp8_recipe=recipe) for recipe in (None, "tensorwise", "rowwise")]
+    assert {forecast(each).moment for each in recipes} == {"loss"}
+    in_16, in_8, anew = (forecast(each).live.get("cast weights", 0) for each in recipes)
+    assert in_16 == 2 * in_8 > 0 == anew
+
+
+def test_compiled_logits_take_the_bytes_of_their_dtype() -> None:
+    setup = replace(GPU, logit_positions=WHOLE_LOGITS)
+    in_16, in_32 = (forecast(replace(setup, dtype=dtype)).live["logits and loss"] for dtype in ("bfloat16", "float32"))
+    assert in_32 == 2 * in_16 == 2 * 4 * 32 * 2048 * 32768
 
 
 def test_more_of_anything_needs_more_memory() -> None:
@@ -191,12 +219,21 @@ def test_more_of_anything_needs_more_memory() -> None:
 
 
 @pytest.mark.parametrize("free_bytes", [0.7e9, 1e9, 2e9])
-def test_the_largest_device_batch_fits_and_one_row_more_does_not(free_bytes: float) -> None:
+def test_the_largest_device_batch_fits_and_the_next_that_divides_a_step_does_not(free_bytes: float) -> None:
     setup = Setup(model_config(4, 4096, 512), rows=1)
     rows = largest_rows(setup, free_bytes, rows_per_step=1000)
-    fitting, too_many = (
-        forecast(replace(setup, rows=n, passes=-(-1000 // n))).total_bytes <= free_bytes for n in (rows, rows + 1)
-    )
-    assert 0 < rows < 1000 and fitting and not too_many
+    place = divisors(1000).index(rows)
+    more = divisors(1000)[place - 1]
+    fitting, too_many = (in_passes(setup, n, 1000).total_bytes <= free_bytes for n in (rows, more))
+    assert 0 < rows < more <= 1000 and fitting and not too_many
+    assert largest_rows(setup, 1e12, 1000, at_most=rows) == largest_rows(setup, 1e12, 1000, at_most=more - 1) == rows
     assert largest_rows(setup, free_bytes, rows_per_step=1) == 1
     assert largest_rows(setup, 1e6, rows_per_step=1000) == 0
+
+
+def test_a_single_pass_is_found_where_halves_of_it_need_more() -> None:
+    """Two passes of one row each hold gradients while the second one runs; one pass of two rows does not."""
+    setup = Setup(model_config(2, 32768, 128), rows=1)
+    whole, halves = (in_passes(setup, rows, 2).total_bytes for rows in (2, 1))
+    assert whole < halves
+    assert largest_rows(setup, whole, rows_per_step=2) == 2

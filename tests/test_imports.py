@@ -53,6 +53,7 @@ SAME_FLOOR = {
     ("cli", "loggers"),
     ("kinds", "config"),
     ("kernels", "parallel"),
+    ("kernels", "precision"),
     ("parallel", "precision"),
     ("prefetch", "loader"),
     ("loader", "windows"),

@@ -217,8 +217,9 @@ def test_both_stages_train_in_float16_and_a_resumed_run_is_the_uninterrupted_one
     base_train.main([*run, "--resume=3"])
     assert [record.get("loss_raw") for record in records(base_dir, "base")] == whole
     chat_sft.main(["--num-iterations=3", *STAGE, f"--data={chats}"])
-    losses = [record["loss_raw"] for record in records(base_dir, "sft") if "loss_raw" in record]
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    steps = records(base_dir, "sft")[:3]  # one whose gradients overflow is skipped, and says so
+    assert all(math.isfinite(step["loss_raw"]) for step in steps if "overflowed" not in step.get("skipped", ""))
+    assert any("loss_raw" in step for step in steps)
 
 
 @pytest.mark.slow

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nanochat import planning
 from nanochat.checkpoint import run_folder
 from nanochat.common import UserError, read_record, record_path
 from nanochat.download import CHARS_PER_TOKEN, KNOWN, Wish, tokens_of_depth
+from nanochat.hardware import core_flops
 from nanochat.hub import Listing, RemoteShard
+from nanochat.scaling import Schedule
 from scripts import base_train, plan
 
 REPO = Path(__file__).resolve().parents[1]
@@ -89,7 +93,26 @@ def test_price_utilisation_and_horizon_can_be_given(capsys: pytest.CaptureFixtur
     run = planned(capsys, *flags, "--price=2", "--utilisation=0.2")
     assert run["time"]["hours"] == pytest.approx(2 * unpriced["time"]["hours"])
     assert run["money"]["dollars"] == pytest.approx(4 * run["time"]["hours"]) and run["money"]["price_is"] == "given"
-    assert planned(capsys, *flags, "--time-budget=7200")["time"]["hours"] == 2
+    budget = planned(capsys, *flags, "--time-budget=7200")
+    assert budget["time"]["hours"] == 2
+    assert budget["training"]["flops"] == pytest.approx(7200 * 2 * 0.4 * 756e12, rel=0.01)
+
+
+def test_the_schedule_is_that_of_the_flags() -> None:
+    flags = ["--warmup-steps=3", "--warmdown-ratio=0.5", "--final-lr-frac=0.1", "--weight-decay=0"]
+    training = planning.base_plan(planning.request_of(plan.parse_args(flags)), 4096, 1, 1.0).training
+    assert (training.schedule, training.weight_decay) == (Schedule(3, 0.5, 0.1), 0)
+
+
+def test_gpus_compute_in_the_dtype_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    assert planned(capsys, "--depth=12", "--gpus=H200")["memory"]["dtype"] == "float16"
+    monkeypatch.setenv("NANOCHAT_DTYPE", "int4")
+    for machine in ("cpu", "H200"):
+        with pytest.raises(UserError, match=r"^NANOCHAT_DTYPE=int4: choose one of .*bfloat16"):
+            plan.main(["--depth=12", f"--gpus={machine}"])
 
 
 def test_checkpoints_are_counted_by_what_the_flags_keep(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +127,9 @@ def test_checkpoints_are_counted_by_what_the_flags_keep(capsys: pytest.CaptureFi
     assert at_once("--eval-every=-1") == 3
     assert at_once("--keep-every=250") == 4  # all there are
     assert at_once("--save-every=100", "--keep-every=200") == 8
+    assert at_once("--save-every=30", "--keep-every=20") == 20  # 990 and 1,000, 16 multiples of 60, and two
+    # so many steps that a list of them would fill the memory
+    assert at_once("--num-iterations=4000000000", "--save-every=1", "--keep-every=1000") == 4_000_003
 
 
 def test_a_model_that_is_too_narrow_for_a_gpu_is_said_to_get_less(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,10 +142,8 @@ def test_a_model_that_is_too_narrow_for_a_gpu_is_said_to_get_less(capsys: pytest
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     plan.main(["--depth=12", "--gpus=RTX4090", "--device-batch-size=128"])
     out = capsys.readouterr().out
-    rows = int(out.splitlines()[-1].removeprefix("does not fit: give --device-batch-size=").removesuffix(" or less"))
-    assert planned(capsys, "--depth=12", "--gpus=RTX4090", f"--device-batch-size={2 ** (rows.bit_length() - 1)}")[
-        "memory"
-    ]["fits"]
+    rows = int(out.splitlines()[-1].removeprefix("does not fit: give --device-batch-size="))
+    assert planned(capsys, "--depth=12", "--gpus=RTX4090", f"--device-batch-size={rows}")["memory"]["fits"]
     plan.main(["--depth=32", "--gpus=L4"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: not even one row a pass")
 
@@ -130,6 +154,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus=9xH999"], "--gpus=9xH999: not a machine that is known; give NAME or 8xNAME of cpu, GB200, "),
         (["--gpus=2xcpu"], "--gpus=2xcpu: cpu is this machine with all its cores; there is one of it"),
         (["--gpus=cpu", "--utilisation=0.5"], "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"),
+        (["--gpus=cpu", "--fp8"], "--fp8: a CPU has no FP8 products; leave it out, or add --fp8-emulate"),
         (["--gpus=3xH100", "--total-batch-size=4096"], "--total-batch-size: 4096 must be a multiple of 6144 tokens"),
         (["--num-iterations=3", "--time-budget=3"], "--num-iterations, --time-budget: give one of them"),
         (["--table", "--json"], "--table, --json: give one of them"),
@@ -149,7 +174,34 @@ def test_as_a_process_it_refuses_an_unknown_gpu_with_code_2() -> None:
     assert done.stderr.startswith("error: --gpus=8xH1000: ") and done.stderr.count("\n") == 1
 
 
-def test_the_page_holds_exactly_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", None])
+@pytest.mark.usefixtures("tokenizer")
+def test_a_plan_for_the_cpu_has_the_dtype_and_the_rows_that_a_run_takes_here(
+    dtype: str | None, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    if dtype:
+        monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
+    flags = ["--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--num-iterations=1"]
+    base_train.main([*flags, f"--data-dir={text}", "--eval-every=-1", "--logger=none", "--device-type=cpu"])
+    device = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  device  "))
+    expected = planned(capsys, *flags, "--gpus=cpu", "--vocab-size=400")
+    assert f"cpu, {expected['memory']['dtype']}  (" in device
+    assert dtype in (expected["memory"]["dtype"], None)
+    assert expected["memory"]["rows"] == read_record(record_path("base_train"))["device_batch_size"]
+
+
+def test_a_plan_for_the_cpu_counts_the_threads_that_a_run_has(capsys: pytest.CaptureFixture[str]) -> None:
+    run = planned(capsys, "--depth=4", "--gpus=cpu")
+    assert 0 < run["machine"]["cores"] <= torch.get_num_threads()
+    assert run["time"]["flops_per_s"] == run["machine"]["cores"] * core_flops(run["memory"]["dtype"])
+    assert 0 < run["memory"]["usable_bytes"] < run["machine"]["memory_bytes"]
+
+
+def test_the_page_holds_exactly_what_the_tables_say_whatever_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float64")
     plan.main(["--table"])
     table = capsys.readouterr().out
     page = (REPO / "docs" / "plan.md").read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ def my_batches(rt: Runtime, micro_batches: int = 2) -> Iterator[Batch]:
     """This rank's part of each micro-batch."""
     rows = ROWS // micro_batches
     for batch in batches(rows):
-        yield list(batch.split(rows // rt.world_size))[rt.rank]
+        yield batch.map(lambda tensor: tensor.chunk(rt.world_size)[rt.rank])
 
 
 def train(rt: Runtime, model: GPT, optimizer: MuonAdamW, start: int = 0, stop: int = STEPS) -> Tensor:

@@ -26,11 +26,11 @@ def rows_with(
 ) -> int:
     monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: free_bytes)
     rt = Runtime(torch.device(device), torch.float32)
-    return rows_that_fit(ModelConfig(512, 4096, 4, 2, 2, 256), rows_per_step, rt, untouched, False)
+    return rows_that_fit(ModelConfig(512, 4096, 4, 2, 2, 256), rows_per_step, rt, untouched)
 
 
 def test_without_a_flag_a_cpu_takes_32_rows_or_fewer_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [rows_with(free, monkeypatch) for free in (None, 1e12, 2e9, 1e9, 1e6)] == [32, 32, 16, 6, 1]
+    assert [rows_with(free, monkeypatch) for free in (None, 1e12, 2e9, 1e9, 1e6)] == [32, 32, 16, 4, 1]
     assert rows_with(1e12, monkeypatch, rows_per_step=7) == 7
 
 
@@ -42,7 +42,7 @@ def test_a_gpu_takes_all_rows_of_a_step_that_fit(monkeypatch: pytest.MonkeyPatch
 def test_a_compiled_model_is_foretold_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: 4e9)
     gpu, config = Runtime(torch.device("cuda"), torch.float32), ModelConfig(512, 4096, 4, 2, 2, 256)
-    plain, compiled = (rows_that_fit(config, 96, gpu, fn, False) for fn in (untouched, Compiled(untouched, untouched)))
+    plain, compiled = (rows_that_fit(config, 96, gpu, fn) for fn in (untouched, Compiled(untouched, untouched)))
     assert plain < compiled
 
 

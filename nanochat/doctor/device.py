@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.common import UserError
 from nanochat.doctor.result import Request, Result
+from nanochat.hardware import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -26,17 +27,14 @@ def chosen(request: Request) -> "tuple[torch.device, torch.dtype]":
     """The device that training would take, and the compute dtype, or float32 where `dtypes` has a fault to tell."""
     import torch
 
-    from nanochat.parallel import choose_dtype, find_device
+    from nanochat.parallel import find_device
+    from nanochat.precision import choose_dtype
 
     where = find_device(request.device_type, 0)
     try:
         return where, choose_dtype(where, in_batches=True)
     except UserError:
         return where, torch.float32
-
-
-def plain(dtype: "torch.dtype") -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # The device ------------------------------------------------------------------------------------------------------
@@ -49,6 +47,7 @@ def device(request: Request) -> Result:
     from nanochat.kernels.tolerance import tolerance
     from nanochat.machine import describe_machine, matmul_peak_flops
     from nanochat.parallel import Runtime
+    from nanochat.precision import dtype_name
 
     where, dtype = chosen(request)
     if where.type == "cuda":
@@ -61,7 +60,7 @@ def device(request: Request) -> Result:
     expected = rt.peak_flops if dtype.itemsize == 2 else None
     numbers = {"device": where.type, "name": name, "count": count, "flops_per_s": rate, "expected": expected}
     what = f"{count} thread{'s' if count > 1 else ''} of" if where.type == "cpu" else f"{count} x"
-    seen = f"{where.type}, {what} {name}: {in_flops(rate)} in {plain(dtype)}"
+    seen = f"{where.type}, {what} {name}: {in_flops(rate)} in {dtype_name(dtype)}"
     seen += f", {rate / expected:.0%} of the expected {in_flops(expected)}" if expected else ""
     seen += f"; a product is off by {error:.1g}"
     numbers["error"] = error
@@ -113,7 +112,8 @@ def dtypes(request: Request) -> Result:
 
     from nanochat.common import requested_dtype
     from nanochat.kernels.tolerance import tolerance
-    from nanochat.parallel import DTYPES, choose_dtype, find_device
+    from nanochat.parallel import find_device
+    from nanochat.precision import DTYPES, choose_dtype, dtype_name
 
     where = find_device(request.device_type, 0)
     rates, tried = dict[str, float | None](), []
@@ -126,9 +126,9 @@ def dtypes(request: Request) -> Result:
         except (RuntimeError, TypeError) as problem:  # TypeError: float64 on mps
             rates[name] = None
             tried.append(f"{name} not at all ({type(problem).__name__})")
-    taken = plain(choose_dtype(where, in_batches=True))
+    taken = dtype_name(choose_dtype(where, in_batches=True))
     numbers = {"chosen": taken, "flops_per_s": rates}
-    rate, exact = rates[taken], rates[plain(torch.float32)]
+    rate, exact = rates[taken], rates[dtype_name(torch.float32)]
     why = "NANOCHAT_DTYPE asks for it" if requested_dtype() else "this device's default"
     seen = f"{taken} is taken ({why}); products run in {', '.join(tried)}"
     if rate is None:
@@ -196,16 +196,6 @@ def thread_advice(configured: int, cores: int, gains: dict[str, float], shares: 
     if gains.get("2", math.inf) < HELPING:
         return "a second thread does not help here: OMP_NUM_THREADS=1 is as fast"
     return ""
-
-
-def usable_cores() -> float:
-    """Cores that this process may use: of its affinity, and of its control group's quota."""
-    if not hasattr(os, "sched_getaffinity"):
-        return float(os.cpu_count() or 1)
-    cores = float(len(os.sched_getaffinity(0)))
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = (path.read_text(encoding="ascii") if path.is_file() else "max").strip().partition(" ")
-    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
 
 
 def processor_ticks() -> dict[str, float]:

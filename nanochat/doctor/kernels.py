@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nanochat.common import UserError
-from nanochat.doctor.device import chosen, in_flops, plain
+from nanochat.doctor.device import chosen, in_flops
 from nanochat.doctor.result import Request, Result
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def attention_kernels(request: Request) -> Result:
     """Every rung of the ladder on what a model asks for; the first that works is the one that it takes."""
     from nanochat.kernels.attention_ladder import LADDER, try_rung
     from nanochat.model.gpt import attention_case
+    from nanochat.precision import dtype_name
     from nanochat.scaling import model_config
 
     where, dtype = chosen(request)
@@ -37,7 +38,7 @@ def attention_kernels(request: Request) -> Result:
         working += [rung] if kernel is not None else []
     taken = working[0] if working else LADDER[-1]
     told = "; ".join(f"{name}: {outcome}" for name, outcome in outcomes.items())
-    seen = f"{taken.name} is taken in {plain(dtype)}, heads of {case.head_dim}. {told}"
+    seen = f"{taken.name} is taken in {dtype_name(dtype)}, heads of {case.head_dim}. {told}"
     numbers = {"taken": taken.name, "rungs": outcomes, "head_dim": case.head_dim, "windows": case.windows}
     if not working:
         return Result(

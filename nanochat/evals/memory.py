@@ -22,9 +22,11 @@ from nanochat import scaling
 from nanochat.common import print0
 from nanochat.evals.speed import optimizer_step
 from nanochat.forecast import Setup, forecast
+from nanochat.kernels.fp8 import find_recipe
 from nanochat.loader import Batch
 from nanochat.memory import high_water_bytes, keep_freed_memory
 from nanochat.parallel import Runtime
+from nanochat.precision import DTYPES
 
 
 class LiveBytes(TorchDispatchMode):
@@ -70,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Shape:
-    """A training step to measure: a model of these dials, and how many rows a pass takes."""
+    """A training step to measure: a model of these dials, and how many rows a pass takes. fp8: a recipe, emulated."""
 
     depth: int
     vocab_size: int
@@ -79,21 +81,24 @@ class Shape:
     aspect_ratio: int = 64
     head_dim: int = 64
     passes: int = 1
+    dtype: str = "float32"
+    fp8: str | None = None
 
     def setup(self) -> Setup:
         config = scaling.model_config(
             self.depth, self.vocab_size, self.sequence_len, self.aspect_ratio, min(self.head_dim, 64 * self.depth)
         )
-        return Setup(config, self.rows, passes=self.passes)
+        return Setup(config, self.rows, passes=self.passes, dtype=self.dtype, fp8_recipe=self.fp8)
 
 
-# Each is a few seconds on one core: depth, width, vocabulary, rows and length all differ somewhere.
+# Each is a few seconds on one core: depth, width, vocabulary, rows, length and dtype all differ somewhere. The first
+# has tensors of 64 MiB, more than malloc would put into its heap if it were not told to keep what is freed.
 SHAPES = (
-    Shape(depth=2, vocab_size=2048, sequence_len=256, rows=16),
+    Shape(depth=2, vocab_size=2048, sequence_len=256, rows=128),
     Shape(depth=4, vocab_size=4096, sequence_len=512, rows=8, head_dim=128),
     Shape(depth=2, vocab_size=32768, sequence_len=512, rows=4),
     Shape(depth=6, vocab_size=1024, sequence_len=1024, rows=2),
-    Shape(depth=3, vocab_size=8192, sequence_len=128, rows=32, aspect_ratio=128),
+    Shape(depth=3, vocab_size=8192, sequence_len=128, rows=32, aspect_ratio=128, dtype="bfloat16"),
     Shape(depth=4, vocab_size=512, sequence_len=512, rows=4, passes=2),
 )
 
@@ -102,9 +107,11 @@ def measure(shape: Shape) -> dict[str, int]:
     """One optimizer step of the shape in this process: `live_bytes` at its peak, `rss_bytes` of the whole process."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as training does
-    setup, rt = shape.setup(), Runtime(torch.device("cpu"), torch.float32)
+    setup, rt = shape.setup(), Runtime(torch.device("cpu"), DTYPES[shape.dtype])
     with LiveBytes() as live:
         model, step = optimizer_step(setup.config, rt, passes=shape.passes)
+        if shape.fp8:
+            model.use_fp8(find_recipe(shape.fp8, rt.device, emulate=True))
         rng = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (shape.rows, shape.sequence_len + 1), generator=rng)
         batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, :-1], dtype=torch.int32))
@@ -127,6 +134,7 @@ def compare(shapes: Sequence[Shape] = SHAPES) -> list[dict[str, Any]]:
         expected = {"live_bytes": foretold.live_bytes, "rss_bytes": foretold.total_bytes}
         ratios = {name.removesuffix("_bytes"): expected[name] / measured[name] for name in expected}
         told = ", ".join(f"{name} {measured[f'{name}_bytes'] / 1e6:,.0f} MB x {r:.3f}" for name, r in ratios.items())
-        print0(f"depth {shape.depth}, vocabulary {shape.vocab_size}, {shape.rows} x {shape.sequence_len}: {told}")
+        size = f"depth {shape.depth}, vocabulary {shape.vocab_size}, {shape.rows} x {shape.sequence_len}, {shape.dtype}"
+        print0(f"{size}: {told}")
         rows.append({**asdict(shape), "forecast": expected, "measured": measured, "forecast_to_measured": ratios})
     return rows

@@ -31,6 +31,7 @@ from nanochat.kernels.flash_attention import Visibility, attention, attention_re
 from nanochat.kernels.flex_attention import FlexAttention
 from nanochat.kernels.tolerance import tolerance
 from nanochat.parallel import from_all_ranks
+from nanochat.precision import dtype_name
 
 # q (B, T, H, D), k and v (B, T, H_kv, D), and who sees whom in a row; returns as q
 Kernel = Callable[[Tensor, Tensor, Tensor, Visibility], Tensor]
@@ -158,7 +159,7 @@ def flash_attention_3_obstacle(case: AttentionCase) -> str | None:
     if major != 9:
         return f"made for compute capability 9.x, this GPU has {major}.{minor}"
     if case.dtype not in (torch.bfloat16, torch.float16):
-        return f"made for bfloat16 and float16, not for {plain(case.dtype)}"
+        return f"made for bfloat16 and float16, not for {dtype_name(case.dtype)}"
     return "not asked for document masks" if case.documents else None
 
 
@@ -166,7 +167,7 @@ def flex_obstacle(case: AttentionCase) -> str | None:
     if case.device.type in ("cpu", "mps"):
         return f"PyTorch has no backward of it on {case.device.type}"
     if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"made for 16 and 32 bits, not for {plain(case.dtype)}"
+        return f"made for 16 and 32 bits, not for {dtype_name(case.dtype)}"
     return f"made for heads of at least 16, these have {case.head_dim}" if case.head_dim < 16 else None
 
 
@@ -282,7 +283,3 @@ def traced(function: Callable[..., Tensor], backend: str = "inductor") -> Callab
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     return torch.compile(own, dynamic=False, fullgraph=True, backend=backend)
-
-
-def plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

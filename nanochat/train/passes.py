@@ -181,7 +181,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
 
 
-def rows_that_fit(config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn: LossFn, has_fp8: bool) -> int:
+def rows_that_fit(
+    config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn: LossFn, fp8_recipe: str | None = None
+) -> int:
     """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`); a line tells where memory
     decides. loss_fn: shows whether the model is compiled."""
     setup = Setup(
@@ -191,7 +193,7 @@ def rows_that_fit(config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn:
         dtype=dtype_name(rt.dtype),
         is_gpu=rt.device.type != "cpu",
         is_compiled=isinstance(loss_fn, Compiled),
-        has_fp8=has_fp8,
+        fp8_recipe=fp8_recipe,
     )
     usable = least_usable_bytes(rt)
     rows = derived_rows(setup, rows_per_step, usable)
