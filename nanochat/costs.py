@@ -9,15 +9,16 @@ or what cores of a CPU were measured to do (`hardware.CORE_FLOPS`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat import planning, scaling
-from nanochat.common import requested_dtype
+from nanochat.common import UserError, requested_dtype
 from nanochat.forecast import GPU_HOST_BYTES, USABLE, Setup, exact_sizes, in_passes, largest_rows
 from nanochat.hardware import (
     CPU,
     EXPECTED_UTILISATION,
+    PEAK_SHARES,
     PRICES_AS_OF,
     Hardware,
     core_flops,
@@ -26,6 +27,8 @@ from nanochat.hardware import (
 )
 from nanochat.planning import BasePlan, Request
 
+EMULATED_SHARE = 0.1  # of what a CPU does in float32: products took 12 times as long (dev/LOG.md)
+
 # What a run is planned for ---------------------------------------------------------------------------------------
 
 
@@ -33,8 +36,8 @@ from nanochat.planning import BasePlan, Request
 class Machine:
     """Devices of one kind; a CPU with all its cores is one. Bytes and FLOP/s are each device's.
 
-    usable_bytes: what training may hold. dtype: what it computes in. flops: a GPU's bf16 peak; of a CPU what it is
-    expected to do. cores: a CPU's. price: as listed, US dollars per device and hour.
+    usable_bytes: what training may hold. dtype: what it computes in. flops: a GPU's peak in it; of a CPU
+    what it is expected to do. cores: a CPU's. price: as listed, US dollars per device and hour.
     """
 
     name: str
@@ -63,20 +66,27 @@ def find_machine(text: str) -> Machine:
 
 def gpu_machine(gpu: Hardware, devices: int = 1, dtype: str | None = None) -> Machine:
     """dtype: else bfloat16, which every GPU of the table has."""
-    from nanochat.precision import find_dtype
+    from nanochat.precision import dtype_name, find_dtype
 
-    if dtype is not None:
-        find_dtype(dtype)
+    dtype = dtype_name(find_dtype(dtype)) if dtype else "bfloat16"
+    if dtype not in PEAK_SHARES:
+        raise UserError(f"NANOCHAT_DTYPE={dtype}: no speed of GPUs is known; choose one of {', '.join(PEAK_SHARES)}")
     usable = int(USABLE * gpu.memory_bytes)
-    return Machine(gpu.name, gpu.memory_bytes, usable, dtype or "bfloat16", gpu.flops, devices, None, gpu.price)
+    return Machine(gpu.name, gpu.memory_bytes, usable, dtype, PEAK_SHARES[dtype] * gpu.flops, devices, None, gpu.price)
 
 
-def cpu_machine(cores: float, memory_bytes: int, dtype: str, usable_bytes: float | None = None) -> Machine:
-    """usable_bytes: else the share that a run takes of a machine on which nothing else lies."""
+def cpu_machine(
+    cores: float, memory_bytes: int, dtype: str, usable_bytes: float | None = None, is_emulated: bool = False
+) -> Machine:
+    """usable_bytes: else the share that a run takes of a machine on which nothing else lies.
+
+    is_emulated: the dtype; a CPU without instructions for it is a tenth as fast, or less.
+    """
     from nanochat.train.passes import CPU_USABLE
 
     usable = CPU_USABLE * memory_bytes if usable_bytes is None else usable_bytes
-    return Machine(CPU, memory_bytes, int(usable), dtype, cores * core_flops(dtype), cores=cores)
+    each = EMULATED_SHARE * core_flops("float32") if is_emulated else core_flops(dtype)
+    return Machine(CPU, memory_bytes, int(usable), dtype, cores * each, cores=cores)
 
 
 def this_cpu() -> Machine:
@@ -85,7 +95,7 @@ def this_cpu() -> Machine:
 
     from nanochat.memory import group_limit_bytes, machine_memory_bytes
     from nanochat.parallel import Runtime
-    from nanochat.precision import choose_dtype, dtype_name
+    from nanochat.precision import choose_dtype, dtype_name, is_emulated
     from nanochat.train.passes import usable_bytes
 
     device = torch.device("cpu")
@@ -93,7 +103,7 @@ def this_cpu() -> Machine:
     dtype = dtype_name(rt.dtype)
     known = [size for size in (machine_memory_bytes(), group_limit_bytes()) if size is not None]
     cores = min(torch.get_num_threads(), usable_cores())
-    return cpu_machine(cores, min(known, default=2**34), dtype, usable_bytes(rt))
+    return cpu_machine(cores, min(known, default=2**34), dtype, usable_bytes(rt), is_emulated(device, rt.dtype))
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,10 @@ def plan_run(asked: Request, machine: Machine, settings: Settings, vocab_size: i
     vocab_size = vocab_size or scaling.vocab_size_for(asked.depth, asked.laws)
     base = planning.base_plan(asked, vocab_size, machine.devices, machine.expected_flops())
     config, training = base.config, base.training
+    if asked.time_budget_s and settings.utilisation:  # the batch is fitted to a guess, steps come as fast as they do
+        steps = max(1, round(training.num_steps * settings.utilisation / EXPECTED_UTILISATION))
+        training = replace(training, num_steps=steps)
+        base = replace(base, training=training)
     parameters = predict_parameters(config)
     tokens = training.num_steps * training.total_batch_tokens
     per_token = flops_per_token(config)

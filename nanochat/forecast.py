@@ -216,7 +216,7 @@ def at_end(setup: Setup, sizes: Sizes) -> dict[str, int]:
 
 def at_update(setup: Setup, sizes: Sizes) -> dict[str, int]:
     """All gradients, or of several ranks the new weights that are gathered; stacks of matrices; the law's own work."""
-    work = max(sizes.own_table, *(muon_bytes(group, setup.is_cast) for group in sizes.groups))
+    work = max(sizes.own_table, *(muon_bytes(group, setup.dtype == "bfloat16") for group in sizes.groups))
     if setup.ranks > 1:  # sums of this rank's share, what is sent, and all ranks' new weights
         return {"gradients": sizes.weights, "communication": 2 * sizes.weights // setup.ranks, "work space": work}
     return {"gradients": sizes.weights, "work space": sizes.matrices + work}

@@ -23,13 +23,14 @@ class Hardware:
     """One GPU.
 
     words: all of them stand in its name. flops: dense bf16 FLOP/s. memory_gb: as sold, which is in 2^30 bytes,
-    nearly. price: US dollars per hour, or None.
+    nearly. price: US dollars per hour, or None. has_fp8: eight-bit products in hardware.
     """
 
     words: str
     flops: float
     memory_gb: float
     price: float | None = None
+    has_fp8: bool = True
 
     @property
     def memory_bytes(self) -> int:
@@ -43,7 +44,8 @@ class Hardware:
 
 # The first entry whose words are all among the words of the device name wins, so special cases come first. Whole words
 # only: an L40 is no L4, and an RTX A4000 no A40. Of a card that is sold with several sizes of memory the larger stands
-# here; a name that tells a smaller one is believed.
+# here, of the GH200 the usual one; a name that tells a smaller one is believed. A card whose two dies are two devices
+# counts as one die.
 GPUS: tuple[Hardware, ...] = (
     Hardware("gb200", 2.5e15, 186),
     Hardware("grace blackwell", 2.5e15, 186),
@@ -58,10 +60,10 @@ GPUS: tuple[Hardware, ...] = (
     Hardware("h100", 989e12, 80, 3.00),
     Hardware("h800 nvl", 989e12, 94),
     Hardware("h800", 756e12, 80),
-    Hardware("a100", 312e12, 80, 1.79),
-    Hardware("a800", 312e12, 80),
-    Hardware("a40", 149.7e12, 48, 0.40),
-    Hardware("a30", 165e12, 24),
+    Hardware("a100", 312e12, 80, 1.79, has_fp8=False),
+    Hardware("a800", 312e12, 80, has_fp8=False),
+    Hardware("a40", 149.7e12, 48, 0.40, has_fp8=False),
+    Hardware("a30", 165e12, 24, has_fp8=False),
     Hardware("l40s", 362e12, 48, 0.85),
     Hardware("l40", 181e12, 48, 0.90),
     Hardware("l4", 121e12, 24, 0.45),
@@ -69,11 +71,11 @@ GPUS: tuple[Hardware, ...] = (
     Hardware("mi325x", 1.3074e15, 256),
     Hardware("mi300a", 980.6e12, 128),
     Hardware("mi300x", 1.3074e15, 192, 2.50),
-    Hardware("mi250x", 383e12, 128),
-    Hardware("mi250", 362.1e12, 128),
+    Hardware("mi250x", 191.5e12, 64, has_fp8=False),
+    Hardware("mi250", 181e12, 64, has_fp8=False),
     Hardware("5090", 209.5e12, 32, 0.80),
     Hardware("4090", 165.2e12, 24, 0.50),
-    Hardware("3090", 71e12, 24, 0.30),
+    Hardware("3090", 71e12, 24, 0.30, has_fp8=False),
 )
 
 CPU = "cpu"
@@ -82,6 +84,9 @@ CPU = "cpu"
 # except on a CPU, where a run times a pass instead (nanochat/train/pace.py).
 EXPECTED_UTILISATION = 0.4  # of a GPU's bf16 peak
 UNKNOWN_FLOPS = 5e10  # of a device that the table does not have, such as a Mac's
+
+# Of a GPU's bf16 peak: products in float32 are made of TF32. Tests' float64 has no figure.
+PEAK_SHARES = {"bfloat16": 1.0, "float16": 1.0, "float32": 0.5}
 
 # Of each core of a CPU: 120 and 124 GFLOP/s were measured at depths 4 and 6 in fp32 on two cores with AVX-512, which is
 # 55 to 57 % of what they can; in bfloat16, with AVX512_BF16, a step of depth 4 took half as long (dev/LOG.md).

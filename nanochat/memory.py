@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 import threading
 import time
@@ -93,6 +94,19 @@ def resident_bytes() -> int:
     with suppress(OSError):
         return _own_bytes("resident")
     return peak_rss_bytes()
+
+
+# What allocators and libraries say, where they have no kind of error of their own; torch's are RuntimeErrors.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|could not create a (memory|primitive)"
+    r"|can't start new thread",  # Python's, where there is no room for its stack
+    re.I,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator has said so: a GPU's, torch's on a CPU, or Python's."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>

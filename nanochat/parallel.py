@@ -248,7 +248,7 @@ def join_ranks(device: torch.device) -> None:
 
 
 def agreed_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """One dtype for all ranks: their probes may differ, and float32 suits everybody."""
+    """One dtype for all ranks: their machines may differ, and float32 suits everybody."""
     order = list(DTYPES.values())
     first = torch.tensor(order.index(dtype), device=device)
     dist.all_reduce(first, dist.ReduceOp.MIN)
@@ -273,12 +273,15 @@ def leave_ranks(world_size: int) -> None:
 def end_with_launcher() -> None:
     """Ask Linux for a SIGTERM when torchrun dies: ranks that outlive it would train on, unseen by a second start.
 
-    Of a torchrun that has died since this process began, nobody would tell us any more: another process is our parent
-    by now, the system's first one or whoever else collects orphans.
+    Of a torchrun that has died since `common` was imported, nobody would tell us any more: another process is our
+    parent by now, the system's first one or whoever else collects orphans.
     """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by other means, which may well end before we do
+        return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != PARENT:
+        print("torchrun has died; this rank ends, too", file=sys.stderr, flush=True)
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -1,7 +1,8 @@
 """A base run before it begins: its flags, and all that follows from them and from the number of devices.
 
 `scripts.base_train` does what `base_plan` says, and `scripts.plan` shows it. So a plan and the run that follows it
-cannot differ: both read the same flags and call the same function.
+cannot differ in model, steps and batch: both read the same flags and call the same function. Rows of a pass also follow
+from the memory that is free when each of them asks.
 """
 
 import math

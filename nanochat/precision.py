@@ -54,13 +54,18 @@ def choose_dtype(device: torch.device, in_batches: bool = False) -> torch.dtype:
     dtype = find_dtype(wish)
     if not can_compute(device, dtype):
         raise UserError(f"NANOCHAT_DTYPE={wish}: {device.type} here cannot do it; the next best is {NEXT_BEST[dtype]}")
-    if device.type == "cpu" and dtype in CPU_FEATURES and not cpu_features() & CPU_FEATURES[dtype]:
+    if is_emulated(device, dtype):
         slowdown = 1 / speedup(device, dtype, 128)
         print0(
             f"warning: NANOCHAT_DTYPE={wish}: this CPU has no instructions for it and emulates them; matrix products "
             f"take about {slowdown:.0f} times as long as in float32"
         )
     return dtype
+
+
+def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a CPU computes in it without having instructions for it."""
+    return device.type == "cpu" and dtype in CPU_FEATURES and not cpu_features() & CPU_FEATURES[dtype]
 
 
 def find_dtype(wish: str) -> torch.dtype:

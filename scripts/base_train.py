@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.tokenizer import Tokenizer
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
-    from nanochat.train.pace import expected_flops
+    from nanochat.train.pace import timed_flops
     from nanochat.train.passes import Passes, rows_that_fit
     from nanochat.train.run import Run
 
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             model.use_fp8(find_recipe(fp8_recipe, rt.device, args.fp8_emulate))
         loss_fn = rt.compile(model.loss, args.compile)
         begun_batch = run.saved_plan.get("total_batch_tokens")
-        guess = expected_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
-        pace = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
-        base = planning.base_plan(asked, tokenizer.vocab_size, rt.world_size, pace, begun_batch)
+        guess = timed_flops(model, rt) if args.time_budget and not begun_batch else rt.expected_flops
+        flops = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
+        base = planning.base_plan(asked, tokenizer.vocab_size, rt.world_size, flops, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
         rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, fp8_recipe)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
-        inheritance["expected_flops"] = pace
+        inheritance["expected_flops"] = flops
         if args.time_budget is None:
             run.check_horizon(plan.num_steps)
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)

@@ -45,21 +45,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     planning.add_base_flags(parser)
     parser.check(lambda args: "--table, --json: give one of them" if args.table and args.json else None)
     parser.check(lambda args: planning.batch_problem(args, parse_machine(args.gpus)[0]))
-    parser.check(unfit_for_cpu)
+    parser.check(unfit)
     return parser.parse(argv)
 
 
-def unfit_for_cpu(args: Namespace) -> str | None:
-    """The rule that what only GPUs have is not asked of a CPU."""
-    if parse_machine(args.gpus)[1] is not None:
-        return None
-    if args.utilisation:
+def unfit(args: Namespace) -> str | None:
+    """The rule that a machine is asked only for what it has."""
+    gpu = parse_machine(args.gpus)[1]
+    if gpu is None and args.utilisation:
         return "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"
-    return (
-        "--fp8: a CPU has no FP8 products; leave it out, or add --fp8-emulate"
-        if args.fp8 and not args.fp8_emulate
-        else None
-    )
+    if args.fp8 and not args.fp8_emulate and not (gpu is not None and gpu.has_fp8):
+        name = "a CPU" if gpu is None else f"{gpu.name}"
+        return f"--fp8: {name} has no FP8 products; leave it out, or add --fp8-emulate"
+    return None
 
 
 def machine(text: str) -> str:

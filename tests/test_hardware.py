@@ -26,7 +26,7 @@ from nanochat.hardware import GPUS, core_flops, expected_flops, find_gpu, parse_
         ("NVIDIA L40S", 362e12),
         ("AMD Instinct MI300X", 1.3074e15),
         ("AMD Instinct MI355X", 2.5e15),
-        ("AMD Instinct MI250X / MI250", 383e12),
+        ("AMD Instinct MI250X / MI250", 191.5e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA RTX A4000", None),
         ("NVIDIA RTX A3000 Laptop GPU", None),

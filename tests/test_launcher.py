@@ -1,5 +1,6 @@
 """A rank does not outlive torchrun, whenever that dies. The launchers and ranks here are real processes."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,9 @@ print("lives on", flush=True)
 def launched(rank: str) -> Iterator[subprocess.Popen[str]]:
     """A launcher and its rank, which has said its first word."""
     command = [sys.executable, "-c", LAUNCHER, rank]
-    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}  # as torchrun has it
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=REPO, env=env, text=True, **pipes) as launcher:
         assert launcher.stdout is not None and launcher.stdout.readline() == "works\n"
         yield launcher
 

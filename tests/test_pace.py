@@ -19,7 +19,7 @@ from nanochat.model.gpt import build_model
 from nanochat.parallel import Runtime
 from nanochat.planning import BasePlan
 from nanochat.train import pace
-from nanochat.train.pace import TOKENS, expected_flops
+from nanochat.train.pace import TOKENS, timed_flops
 from scripts import base_train
 
 COLD_S = 100.0  # of a first pass
@@ -43,18 +43,18 @@ def test_the_pace_is_that_of_the_second_pass_since_the_first_finds_cold_caches(
     monkeypatch.setattr(pace, "time", clock(COLD_S, 0.5))
     model = build_model(ModelConfig(sequence_len, 97, 2, 2, 2, 16), RT.device, RT.dtype)
     tokens = max(TOKENS, sequence_len)  # at least a row
-    assert expected_flops(model, RT) == pytest.approx(tokens * model.flops_per_token() / 0.5)
+    assert timed_flops(model, RT) == pytest.approx(tokens * model.flops_per_token() / 0.5)
 
 
 def test_the_real_clock_tells_a_pace() -> None:
-    assert 0 < expected_flops(tiny_training()[0], RT) < float("inf")
+    assert 0 < timed_flops(tiny_training()[0], RT) < float("inf")
 
 
 def test_what_is_timed_is_a_pass_forward_and_backward_and_it_leaves_nothing_behind() -> None:
     model, _ = tiny_training()
     before, made = weights_of(model), []
     model.lm_head.weight.register_hook(lambda gradient: made.append(gradient.shape))
-    expected_flops(model, RT)
+    timed_flops(model, RT)
     assert made == [model.lm_head.weight.shape] * 2
     assert all(torch.equal(weight, before[name]) and weight.grad is None for name, weight in model.named_parameters())
 
@@ -62,14 +62,14 @@ def test_what_is_timed_is_a_pass_forward_and_backward_and_it_leaves_nothing_behi
 def test_other_devices_are_guessed_and_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "time", clock())
     other = Runtime(torch.device("mps"), torch.float32)
-    assert expected_flops(tiny_training()[0], other) == other.expected_flops
+    assert timed_flops(tiny_training()[0], other) == other.expected_flops
 
 
 def two_paces(rt: Runtime, folder: Path) -> dict[str, Tensor]:
     """What ranks expect of which the second takes four times as long."""
     model, _ = tiny_training()
     pace.time = clock(COLD_S, 4.0**rt.rank)  # type: ignore[assignment]
-    return {"flops": torch.tensor(expected_flops(model, rt), dtype=torch.float64)}
+    return {"flops": torch.tensor(timed_flops(model, rt), dtype=torch.float64)}
 
 
 def test_ranks_add_up_their_paces_and_expect_the_same(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from nanochat.checkpoint import run_folder
 from nanochat.common import read_record, record_path
 from nanochat.dataset import open_corpus
 from nanochat.loader import Batch, PretrainLoader
+from nanochat.memory import is_out_of_memory
 from nanochat.model.gpt import GPT
 from nanochat.parallel import Runtime
 from nanochat.tokenizer import Tokenizer
-from nanochat.train.passes import Passes, is_out_of_memory
+from nanochat.train.passes import Passes
 from nanochat.train.step import NO_TARGETS
 from scripts import base_train
 
@@ -192,6 +193,19 @@ def test_other_errors_are_not_taken_for_missing_memory(corpus: Path) -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_what_the_rehearsal_compiles_is_what_training_runs(corpus: Path) -> None:
+    model, optimizer = training(RT, torch.float32)
+    compiled: list[torch.fx.GraphModule] = []
+    torch._dynamo.reset()
+    loss_fn = RT.compile(model.loss, "on", backend=lambda graph, inputs: compiled.append(graph) or graph)
+    passes = Passes(loader_of(corpus, 4), RT, 4, ROWS_PER_STEP, CONFIG.sequence_len)
+    assert passes._lack(loss_fn) is None
+    count = len(compiled)
+    passes.train(lambda i, t, d: loss_fn(i % 97, t.clamp_min(0) % 97, d), optimizer, PLAN.at(0), 0)
+    assert len(compiled) == count > 0
+    passes.close()
 
 
 # Ranks

@@ -12,6 +12,7 @@ import torch
 from nanochat import planning
 from nanochat.checkpoint import run_folder
 from nanochat.common import UserError, read_record, record_path
+from nanochat.costs import cpu_machine
 from nanochat.download import CHARS_PER_TOKEN, KNOWN, Wish, tokens_of_depth
 from nanochat.hardware import core_flops
 from nanochat.hub import Listing, RemoteShard
@@ -155,6 +156,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus=2xcpu"], "--gpus=2xcpu: cpu is this machine with all its cores; there is one of it"),
         (["--gpus=cpu", "--utilisation=0.5"], "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"),
         (["--gpus=cpu", "--fp8"], "--fp8: a CPU has no FP8 products; leave it out, or add --fp8-emulate"),
+        (["--gpus=8xA100", "--fp8"], "--fp8: A100 has no FP8 products; leave it out, or add --fp8-emulate"),
         (["--gpus=3xH100", "--total-batch-size=4096"], "--total-batch-size: 4096 must be a multiple of 6144 tokens"),
         (["--num-iterations=3", "--time-budget=3"], "--num-iterations, --time-budget: give one of them"),
         (["--table", "--json"], "--table, --json: give one of them"),
@@ -165,6 +167,32 @@ def test_what_cannot_be_planned_is_told_in_one_line(flags: list[str], told: str)
     with pytest.raises(UserError) as caught:
         plan.parse_args(flags)
     assert str(caught.value).startswith(told) and "\n" not in str(caught.value)
+
+
+def test_hours_follow_the_dtype_and_one_without_a_known_speed_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
+        hours[dtype] = planned(capsys, "--depth=12", "--gpus=H100")["time"]["training_hours"]
+    assert hours["float32"] == pytest.approx(2 * hours["bfloat16"]) and hours["float16"] == hours["bfloat16"]
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float64")
+    with pytest.raises(UserError, match="NANOCHAT_DTYPE=float64: no speed of GPUs is known; choose one of bfloat16"):
+        plan.main(["--depth=12", "--gpus=H100"])
+
+
+def test_tokens_of_a_time_budget_are_those_that_the_given_utilisation_makes_in_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for share in (0.2, 0.5):
+        told = planned(capsys, "--depth=12", "--gpus=H100", "--time-budget=7200", f"--utilisation={share}")
+        assert told["training"]["tokens"] == pytest.approx(7200 * told["time"]["tokens_per_s"], rel=0.01)
+
+
+def test_a_dtype_that_a_cpu_emulates_makes_it_slower() -> None:
+    native, emulated = (cpu_machine(2, 2**34, "bfloat16", is_emulated=flag).flops for flag in (False, True))
+    assert emulated < 2 * core_flops("float32") < native
 
 
 def test_as_a_process_it_refuses_an_unknown_gpu_with_code_2() -> None:

@@ -119,11 +119,14 @@ class Child:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all below it. Each is halted before it is asked for its children, so that it gets no more."""
-    with suppress(ProcessLookupError):
+    """Kill a process and all below it. Each is halted first, and asked for its children until it has no new ones."""
+    with suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
         os.kill(pid, signal.SIGSTOP)
-        for child in children(pid):
-            kill_tree(child)
+        known = set[int]()
+        while new := set(children(pid)) - known:
+            for child in new:
+                kill_tree(child)
+            known |= new
         os.kill(pid, signal.SIGKILL)
 
 

@@ -30,6 +30,7 @@ from nanochat.common import print0
 from nanochat.kernels.flash_attention import Visibility, attention, attention_reference
 from nanochat.kernels.flex_attention import FlexAttention
 from nanochat.kernels.tolerance import tolerance
+from nanochat.memory import is_out_of_memory
 from nanochat.parallel import from_all_ranks
 from nanochat.precision import dtype_name
 
@@ -235,9 +236,9 @@ def try_rung(rung: Rung, case: AttentionCase) -> tuple[Kernel | None, str]:
             error = worst_error(kernel, case, window, packed, rung.is_traced)
             if not error <= allowed:  # NaN is not
                 return None, f"wrong numbers when it {doing}: off by {error:.2g}, {allowed:.2g} is allowed"
-    except torch.OutOfMemoryError:  # says nothing about the kernel
-        raise
     except Exception as problem:  # others' code on others' devices: what it may raise is nowhere listed
+        if is_out_of_memory(problem):  # says nothing about the kernel
+            raise
         return None, f"{type(problem).__name__} when it {doing}: {' '.join(str(problem).split()):.200}"
     return kernel, ""
 

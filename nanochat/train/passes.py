@@ -4,31 +4,30 @@
     passes.rehearse(loss_fn, optimizer)
     loss = passes.train(loss_fn, optimizer, plan.at(step.index), step.index)
 
-The rows come from a forecast or a flag, and both can be wrong. So whatever finds no memory before the first step is
-done is begun again with half the rows, as often as it takes. A step stays the same rows in the same order, in more
-passes: the run is from its first step one that was started with the smaller number. Once a step has gone through, a
-later one that finds no memory is an error, since something else has taken it.
+The rows come from a forecast or a flag, and both can be wrong. So whatever a process alone finds no memory for before
+its first step is done is begun again with half the rows, as often as it takes. A step stays the same rows in the same
+order, in more passes: the run is from its first step one that was started with the smaller number. Once a step has gone
+through, a later one that finds no memory is an error, since something else has taken it.
 
 Ranks must not part ways: one that has no memory leaves its step at a place where the others wait for it. Therefore
-several ranks rehearse before anything else, each for itself with made-up tokens, and ask each other afterwards. The
-rehearsal holds what a step holds, hence more than an evaluation: two passes where there are several, the second on top
-of the first one's gradients.
+several ranks rehearse before the first evaluation and step, each for itself with made-up tokens, ask each other
+afterwards, and halve together. The rehearsal holds what the passes of a step hold: two where there are several, the
+second on top of the first one's gradients. For what only comes later, such as the optimizer's update, several ranks
+that find no memory end with an error.
 """
 
 import gc
 import math
-import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from nanochat.common import print0
+from nanochat.common import LostRank, print0
 from nanochat.config import ModelConfig
-from nanochat.forecast import AHEAD, USABLE, Setup, forecast
+from nanochat.forecast import AHEAD, USABLE, Setup, in_passes
 from nanochat.loader import Batch
-from nanochat.memory import free_memory_bytes, resident_bytes
+from nanochat.memory import free_memory_bytes, is_out_of_memory, resident_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.parallel import Compiled, Runtime
 from nanochat.planning import derived_rows
@@ -40,13 +39,6 @@ from nanochat.train.step import NO_TARGETS, LossFn, Skipped, train_step
 Result = TypeVar("Result")
 
 CPU_USABLE = 0.8  # of what is free: other programs have a right to some, and the forecast may be wrong
-
-# What torch's allocators and libraries say, where they have no kind of error of their own.
-NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|bad_alloc|could not create a (memory|primitive)"
-    r"|can't start new thread",  # Python's, where there is no room for its stack
-    re.I,
-)
 
 
 class SizedLoader(Protocol):
@@ -85,12 +77,12 @@ class Passes:
     def rehearse(self, loss_fn: LossFn, optimizer: MuonAdamW) -> None:
         """Halve the rows on all ranks until passes of them fit on each. One rank alone finds that out as it goes."""
         while self._rt.world_size > 1:
-            has_room = self._has_room(loss_fn)
+            lack = self._lack(loss_fn)
             optimizer.zero_grad()
-            if not self._rt.max_number(not has_room):
+            if not self._rt.max_number(lack is not None):
                 return
             if self.rows == 1:
-                raise self._refusal()
+                raise LostRank("") if lack is None else self._refusal(lack) from lack
             self._halve(self._batches.state())
 
     def train(self, loss_fn: LossFn, optimizer: MuonAdamW, multipliers: Multipliers, index: int) -> float | Skipped:
@@ -149,20 +141,23 @@ class Passes:
         self._loader.load_state(position)
         self._batches = self._drawn_ahead()
 
-    def _has_room(self, loss_fn: LossFn) -> bool:
-        """Whether passes of made-up tokens find memory here. Says nothing to the other ranks."""
+    def _lack(self, loss_fn: LossFn) -> BaseException | None:
+        """The error where passes of made-up tokens find no memory here. Says nothing to the other ranks.
+
+        Inputs and targets are two tensors, as in training: the compiler would make a graph of its own for one twice.
+        """
         shape = (self.rows, self._sequence_len)
-        ids = torch.zeros(shape, dtype=torch.int64, device=self._rt.device)
+        ids, targets = (torch.zeros(shape, dtype=torch.int64, device=self._rt.device) for _ in range(2))
         documents = torch.zeros(shape, dtype=torch.int32, device=self._rt.device)
         try:
             for _ in range(min(2, self.count)):
-                loss_fn(ids, ids, documents).backward()
+                loss_fn(ids, targets, documents).backward()
             self._rt.synchronize()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        return True
+            return error.with_traceback(None)  # which holds the activations
+        return None
 
     def _refusal(self, cause: BaseException | None = None, is_torn: bool = False) -> MemoryError:
         told = " ".join(str(cause or "").split())
@@ -176,16 +171,13 @@ class Passes:
         return MemoryError(f"{where} with {self.rows} rows a pass; go on with a lower --device-batch-size")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator has said so: a GPU's, torch's on a CPU, or Python's."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(NO_MEMORY.search(str(error)))
-
-
 def rows_that_fit(
     config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn: LossFn, fp8_recipe: str | None = None
 ) -> int:
-    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`); a line tells where memory
-    decides. loss_fn: shows whether the model is compiled."""
+    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`).
+
+    loss_fn: shows whether the model is compiled. Prints a line where memory is what decides.
+    """
     setup = Setup(
         config,
         rows=1,
@@ -198,10 +190,7 @@ def rows_that_fit(
     usable = least_usable_bytes(rt)
     rows = derived_rows(setup, rows_per_step, usable)
     if usable is not None and rows < (wanted := derived_rows(setup, rows_per_step, math.inf)):
-        needed_gb, wanted_gb = (
-            forecast(replace(setup, rows=many, passes=rows_per_step // many)).total_bytes / 1e9
-            for many in (rows, wanted)
-        )
+        needed_gb, wanted_gb = (in_passes(setup, many, rows_per_step).total_bytes / 1e9 for many in (rows, wanted))
         print0(
             f"memory decides the rows of a pass: {rows}, which need about {needed_gb:.2f} GB, where {usable / 1e9:.2f} "
             f"GB may be used; {wanted} would need {wanted_gb:.2f} GB (--device-batch-size decides otherwise)"
