@@ -33,6 +33,8 @@ COMPILED_LOGITS = 2  # numbers of a position and vocabulary entry: the logit and
 
 # Resident memory of a process that has imported torch and trained something tiny.
 CPU_PROCESS_BYTES = 340_000_000
+# What a whole run has besides: text, tokenizer, loader and evaluation. 128 to 240 MB in seven runs of depths 2 and 4.
+CPU_RUN_BYTES = 170_000_000
 # What malloc holds besides, as a share of the tensors that live. Training keeps what it frees (keep_freed_memory in
 # memory.py): tensors of all sizes lie in one heap, and places between them that fit nothing new stay. Measured in 18
 # shapes of 0.15 to 1.9 GB: 0.4 to 0.6 in most, and at worst a process 14 % smaller or 19 % larger than foretold.
@@ -49,6 +51,7 @@ class Setup:
 
     is_compiled: through torch.compile. logit_positions: how many positions' logits exist at a time; None: as
     kernels/cross_entropy.py cuts them. fp8_recipe: by which linear layers compute in 8 bits.
+    is_run: with text, tokenizer and evaluation; else the process does nothing but steps.
     """
 
     config: ModelConfig
@@ -60,6 +63,7 @@ class Setup:
     is_compiled: bool = False
     logit_positions: int | None = None
     fp8_recipe: str | None = None
+    is_run: bool = True
 
     @property
     def positions(self) -> int:
@@ -103,7 +107,8 @@ def forecast(setup: Setup) -> Forecast:
     if setup.is_gpu:
         return Forecast(peak, parts, {"framework": GPU_PROCESS_BYTES + (GPU_RANKS_BYTES if setup.ranks > 1 else 0)})
     holes = int(HEAP_HOLES * sum(parts.values()))
-    return Forecast(peak, parts, {"framework": CPU_PROCESS_BYTES, "holes in the heap": holes})
+    run = {"text and evaluation": CPU_RUN_BYTES} if setup.is_run else {}
+    return Forecast(peak, parts, {"framework": CPU_PROCESS_BYTES, **run, "holes in the heap": holes})
 
 
 def largest_rows(setup: Setup, free_bytes: float, rows_per_step: int, at_most: int | None = None) -> int:

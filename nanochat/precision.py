@@ -58,7 +58,7 @@ def choose_dtype(device: torch.device, in_batches: bool = False) -> torch.dtype:
         slowdown = 1 / speedup(device, dtype, 128)
         print0(
             f"warning: NANOCHAT_DTYPE={wish}: this CPU has no instructions for it and emulates them; matrix products "
-            f"take about {slowdown:.0f} times as long as in float32"
+            f"take {slowdown:.0f} times as long as in float32, or longer"
         )
     return dtype
 

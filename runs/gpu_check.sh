@@ -29,16 +29,17 @@ python="${PYTHON:-.venv/bin/python}"
 command -v "$python" >/dev/null || { echo "error: $python: no such program; name a Python with PYTHON" >&2; exit 2; }
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+if [ "$device" = cuda ] && "$python" -c 'import torch; raise SystemExit(torch.cuda.is_available())' 2>/dev/null; then
+    version=$("$python" -c 'import torch; print(torch.__version__)')
+    echo "error: torch $version sees no CUDA device, so nothing was run; python -m scripts.doctor may say why" >&2
+    exit 2
+fi
+
 missing=$("$python" -c 'from nanochat.doctor.installed import import_fault, requirements
 faults = {name: import_fault(name) for name in [*requirements(), "pytest"]}
 print(*[f"{name} ({fault})" for name, fault in faults.items() if fault], sep=", ")') || exit 2
 if [ -n "$missing" ]; then
-    echo "error: $python lacks $missing; install them, or name another Python with PYTHON" >&2
-    exit 2
-fi
-if [ "$device" = cuda ] && ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-    version=$("$python" -c 'import torch; print(torch.__version__)')
-    echo "error: torch $version sees no CUDA device, so nothing was run; python -m scripts.doctor may say why" >&2
+    echo "error: $python lacks $missing; install it with bash runs/setup.sh dev, or name another Python with PYTHON" >&2
     exit 2
 fi
 

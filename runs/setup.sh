@@ -23,7 +23,8 @@ Makes .venv (python3 -m venv, then pip) and installs torch and nanochat, with th
 nor the extras nor the Python have changed since the last run, it ends at once without using the network.
 
 PYTHON=python3.12           the interpreter for a new .venv ($pythons)
-NANOCHAT_TORCH_INDEX=URL    where torch comes from (pip's --index-url), for torch only: the index of CPU builds, say.
+NANOCHAT_TORCH_INDEX=URL    where torch comes from (pip's --index-url), for torch only; PyTorch's page
+                            "Get started" shows the one of its CPU builds.
                             Later runs remember it; another one installs torch anew, an empty one means pip's own
 NANOCHAT_UV=1               use uv in place of venv and pip
 HELP

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
     from nanochat.train.pace import timed_flops
-    from nanochat.train.passes import Passes, rows_that_fit
+    from nanochat.train.passes import Passes, choose_rows
     from nanochat.train.run import Run
 
     tokenizer = Tokenizer.load(base_dir() / "tokenizer")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flops = run.saved_plan.get("expected_flops", guess)  # the plan of a run that goes on stays as it was
         base = planning.base_plan(asked, tokenizer.vocab_size, rt.world_size, flops, begun_batch)
         config, plan, rows_per_step = base.config, base.training, base.rows_per_step
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, fp8_recipe)
+        rows = choose_rows(config, rows_per_step, rt, loss_fn, fp8_recipe, args.device_batch_size)
         base_rates = scaling.BaseRates(**cli.given_rates(args))
         inheritance = {"total_batch_tokens": plan.total_batch_tokens, "base_rates": vars(base_rates), "laws": args.laws}
         inheritance["expected_flops"] = flops

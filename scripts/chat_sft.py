@@ -1,7 +1,7 @@
 """Teach a base model to answer: supervised fine-tuning on conversations, the assistant's words as the only targets.
 
     python -m scripts.chat_sft --data=conversations.jsonl
-    python -m scripts.chat_sft --data=FOLDER --model-tag=d12 --num-epochs=2
+    python -m scripts.chat_sft --data=FOLDER --base-tag=d12 --num-epochs=2
     python -m scripts.chat_sft --data=abilities --time-budget=180     # spelling, counting, arithmetic, docs, identity
 
 Batch size and learning rates are the base run's unless given. One conversation in fifty is held out for validation; the
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.scaling import BaseRates, MicroBatch, sft_plan
     from nanochat.train.loop import Loop, Progress
     from nanochat.train.metrics import open_loggers
-    from nanochat.train.passes import Passes, rows_that_fit
+    from nanochat.train.passes import Passes, choose_rows
     from nanochat.train.run import Run
     from tasks.common import training_conversations
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if fp8_recipe:
             model.use_fp8(find_recipe(fp8_recipe, rt.device, args.fp8_emulate))
         loss_fn = rt.compile(model.loss, args.compile)
-        rows = args.device_batch_size or rows_that_fit(config, rows_per_step, rt, loss_fn, fp8_recipe)
+        rows = choose_rows(config, rows_per_step, rt, loss_fn, fp8_recipe, args.device_batch_size)
         base_rates = BaseRates(**(inherited["base_rates"] | cli.given_rates(args)))
         rates = base_rates.by_role(plan.lr_scale, plan.width_scale)
         optimizer = MuonAdamW(

@@ -2,7 +2,7 @@
 
     python -m scripts.plan --depth=20 --gpus=8xH100
     python -m scripts.plan --depth=12 --gpus=RTX4090 --json      # one JSON object as the last line
-    python -m scripts.plan --depth=4 --gpus=cpu --max-seq-len=512 --time-budget=600
+    python -m scripts.plan --depth=4 --gpus=cpu --max-seq-len=512 --time-budget=600 --eval-tokens=65536
     python -m scripts.plan --table                               # the tables of docs/plan.md
 
 Takes every flag of scripts.base_train, so that one command line serves both; those that change nothing here are read

@@ -30,7 +30,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_leaves_with_2() -> None:
 
 def test_missing_packages_are_named_before_anything_is_run(tmp_path: Path) -> None:
     (tmp_path / "pyarrow.py").write_text("raise ImportError('wrong libc')", encoding="utf-8")
-    done = gpu_check(PYTHONPATH=str(tmp_path))
+    done = gpu_check(PYTHONPATH=str(tmp_path), DEVICE="cpu")
     assert done.returncode == 2 and "lacks pyarrow (wrong libc); install" in done.stderr and done.stdout == ""
 
 

@@ -12,7 +12,7 @@ from nanochat.config import ModelConfig
 from nanochat.forecast import USABLE
 from nanochat.parallel import Compiled, Runtime
 from nanochat.train import passes as passes_module
-from nanochat.train.passes import CPU_USABLE, rows_that_fit, usable_bytes
+from nanochat.train.passes import CPU_USABLE, choose_rows, usable_bytes
 
 RT = Runtime(torch.device("cpu"), torch.float32)
 
@@ -26,11 +26,11 @@ def rows_with(
 ) -> int:
     monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: free_bytes)
     rt = Runtime(torch.device(device), torch.float32)
-    return rows_that_fit(ModelConfig(512, 4096, 4, 2, 2, 256), rows_per_step, rt, untouched)
+    return choose_rows(ModelConfig(512, 4096, 4, 2, 2, 256), rows_per_step, rt, untouched)
 
 
 def test_without_a_flag_a_cpu_takes_32_rows_or_fewer_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [rows_with(free, monkeypatch) for free in (None, 1e12, 2e9, 1e9, 1e6)] == [32, 32, 16, 4, 1]
+    assert [rows_with(free, monkeypatch) for free in (None, 1e12, 2e9, 1e9, 1e6)] == [32, 32, 16, 3, 1]
     assert rows_with(1e12, monkeypatch, rows_per_step=7) == 7
 
 
@@ -42,8 +42,20 @@ def test_a_gpu_takes_all_rows_of_a_step_that_fit(monkeypatch: pytest.MonkeyPatch
 def test_a_compiled_model_is_foretold_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: 4e9)
     gpu, config = Runtime(torch.device("cuda"), torch.float32), ModelConfig(512, 4096, 4, 2, 2, 256)
-    plain, compiled = (rows_that_fit(config, 96, gpu, fn) for fn in (untouched, Compiled(untouched, untouched)))
+    plain, compiled = (choose_rows(config, 96, gpu, fn) for fn in (untouched, Compiled(untouched, untouched)))
     assert plain < compiled
+
+
+def test_a_given_number_of_rows_is_taken_and_one_that_cannot_fit_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(passes_module, "usable_bytes", lambda rt: 2e9)
+    config = ModelConfig(512, 4096, 4, 2, 2, 256)
+    assert [choose_rows(config, 96, RT, untouched, given=rows) for rows in (8, 96)] == [8, 96]
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 1 and re.match(
+        r"warning: --device-batch-size=96 needs about \d\.\d GB, and 2\.0 GB may", told[0]
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

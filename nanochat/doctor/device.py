@@ -192,8 +192,9 @@ def thread_advice(configured: int, cores: int, gains: dict[str, float], shares: 
     if configured > cores:
         return f"set OMP_NUM_THREADS={cores}: threads without a core of their own only wait"
     if max(shares.values(), default=0) > MUCH_STOLEN:
-        return "stop what else runs, or train with OMP_NUM_THREADS=1: threads that wait for a lost core cost more"
-    if gains.get("2", math.inf) < HELPING:
+        fewer = ", or train with OMP_NUM_THREADS=1: threads that wait for a lost core cost more"
+        return f"stop what else runs{fewer if configured > 1 else ''}"
+    if configured > 1 and gains.get("2", math.inf) < HELPING:
         return "a second thread does not help here: OMP_NUM_THREADS=1 is as fast"
     return ""
 

@@ -88,7 +88,7 @@ class Shape:
         config = scaling.model_config(
             self.depth, self.vocab_size, self.sequence_len, self.aspect_ratio, min(self.head_dim, 64 * self.depth)
         )
-        return Setup(config, self.rows, passes=self.passes, dtype=self.dtype, fp8_recipe=self.fp8)
+        return Setup(config, self.rows, passes=self.passes, dtype=self.dtype, fp8_recipe=self.fp8, is_run=False)
 
 
 # Each is a few seconds on one core: depth, width, vocabulary, rows, length and dtype all differ somewhere. The first

@@ -171,12 +171,17 @@ class Passes:
         return MemoryError(f"{where} with {self.rows} rows a pass; go on with a lower --device-batch-size")
 
 
-def rows_that_fit(
-    config: ModelConfig, rows_per_step: int, rt: Runtime, loss_fn: LossFn, fp8_recipe: str | None = None
+def choose_rows(
+    config: ModelConfig,
+    rows_per_step: int,
+    rt: Runtime,
+    loss_fn: LossFn,
+    fp8_recipe: str | None = None,
+    given: int | None = None,
 ) -> int:
-    """Rows of a pass where no flag says so, the same on all ranks (`planning.derived_rows`).
+    """Rows of a pass: `given` by a flag, else as `planning.derived_rows` has it, the same on all ranks.
 
-    loss_fn: shows whether the model is compiled. Prints a line where memory is what decides.
+    loss_fn: shows whether the model is compiled. Prints a line where memory is what decides, or is too small.
     """
     setup = Setup(
         config,
@@ -188,6 +193,14 @@ def rows_that_fit(
         fp8_recipe=fp8_recipe,
     )
     usable = least_usable_bytes(rt)
+    if given:
+        needed = in_passes(setup, given, rows_per_step).total_bytes
+        if usable is not None and needed > usable:
+            print0(
+                f"warning: --device-batch-size={given} needs about {needed / 1e9:.1f} GB, and {usable / 1e9:.1f} GB "
+                "may be used; without the flag the run takes as many rows as fit"
+            )
+        return given
     rows = derived_rows(setup, rows_per_step, usable)
     if usable is not None and rows < (wanted := derived_rows(setup, rows_per_step, math.inf)):
         needed_gb, wanted_gb = (in_passes(setup, many, rows_per_step).total_bytes / 1e9 for many in (rows, wanted))
