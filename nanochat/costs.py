@@ -27,7 +27,7 @@ from nanochat.hardware import (
 )
 from nanochat.planning import BasePlan, Request
 
-EMULATED_SHARE = 0.1  # of what a CPU does in float32: products took 12 times as long (dev/LOG.md)
+EMULATED_SHARE = 0.1  # of what a CPU does in float32: a guess, products take 12 times as long and more
 
 # What a run is planned for ---------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def cpu_machine(
 ) -> Machine:
     """usable_bytes: else the share that a run takes of a machine on which nothing else lies.
 
-    is_emulated: the dtype; a CPU without instructions for it is a tenth as fast, or less.
+    is_emulated: the dtype; the CPU has no instructions for it and is many times slower.
     """
     from nanochat.train.passes import CPU_USABLE
 
