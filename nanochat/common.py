@@ -87,6 +87,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def plural(count: float, name: str) -> str:
+    """
+    >>> plural(1, "row"), plural(2_000, "pass"), plural(1.5, "core")
+    ('1 row', '2,000 passes', '1.5 cores')
+    """
+    count = int(count) if count == int(count) else count
+    return f"{count:,} {name}{'' if count == 1 else 'es' if name.endswith('s') else 's'}"
+
+
 def print0(*args: object) -> None:
     """Print on rank 0 only, at once."""
     if launch_ranks()[0] == 0:

@@ -20,9 +20,9 @@ from nanochat.hardware import (
     EXPECTED_UTILISATION,
     PEAK_SHARES,
     PRICES_AS_OF,
+    Devices,
     Hardware,
     core_flops,
-    parse_machine,
     usable_cores,
 )
 from nanochat.planning import BasePlan, Request
@@ -58,10 +58,9 @@ class Machine:
         return self.devices * self.flops * (1 if self.is_cpu else utilisation)
 
 
-def find_machine(text: str) -> Machine:
+def find_machine(devices: Devices) -> Machine:
     """What --gpus names, computing as `$NANOCHAT_DTYPE` says. Raises UserError for what it cannot be."""
-    devices, gpu = parse_machine(text)
-    return this_cpu() if gpu is None else gpu_machine(gpu, devices, requested_dtype())
+    return this_cpu() if devices.gpu is None else gpu_machine(devices.gpu, devices.count, requested_dtype())
 
 
 def gpu_machine(gpu: Hardware, devices: int = 1, dtype: str | None = None) -> Machine:
@@ -110,8 +109,8 @@ def this_cpu() -> Machine:
 class Settings:
     """What besides the plan decides on memory, time and disk: the flags of these names.
 
-    fp8_recipe: None: not in FP8. utilisation: share of a GPU's peak; None: what is expected of all. price: US dollars
-    per device and hour; None: the list price.
+    fp8_recipe: None: not in FP8. data_dir: the text; empty: shards of the default data set. utilisation: share of a
+    GPU's peak; None: what is expected of all. price: US dollars per device and hour; None: the list price.
     """
 
     compile: str = "auto"
@@ -121,6 +120,7 @@ class Settings:
     save_every: int = -1
     keep_last: int = 1
     keep_every: int = -1
+    data_dir: str = ""
     utilisation: float | None = None
     price: float | None = None
 
@@ -163,7 +163,7 @@ def plan_run(asked: Request, machine: Machine, settings: Settings, vocab_size: i
             "flops": per_token * tokens,
         },
         "memory": memory,
-        "text": text_of(tokens),
+        "text": text_of(tokens, settings.data_dir),
         "time": time,
         "money": money_of(machine, settings, time["hours"]),
         "disk": disk,
@@ -202,12 +202,15 @@ def memory_of(asked: Request, base: BasePlan, machine: Machine, settings: Settin
     }
 
 
-def text_of(tokens: int) -> dict[str, Any]:
-    """Shards of the default data set, as `python -m nanochat.dataset --tokens` counts them."""
+def text_of(tokens: int, data_dir: str) -> dict[str, Any]:
+    """Characters that hold each token once, and the shards of the default data set that
+    `python -m nanochat.dataset --tokens` fetches for them; none where the text lies in `data_dir`."""
     from nanochat.download import CHARS_PER_BYTE, CHARS_PER_SHARD, CHARS_PER_TOKEN, shards_for
 
-    train = shards_for(tokens * CHARS_PER_TOKEN, CHARS_PER_SHARD)
-    return {"train_shards": train, "bytes": int((train + 1) * CHARS_PER_SHARD / CHARS_PER_BYTE)}
+    characters = tokens * CHARS_PER_TOKEN
+    train = 0 if data_dir else shards_for(characters, CHARS_PER_SHARD)
+    fetched = (train + 1) * CHARS_PER_SHARD / CHARS_PER_BYTE if train else 0
+    return {"data_dir": data_dir, "characters": int(characters), "train_shards": train, "bytes": int(fetched)}
 
 
 def time_of(

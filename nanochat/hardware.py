@@ -7,13 +7,12 @@ and months, so `scripts.plan` says their date and takes another with --price. Wh
 This module never imports torch.
 """
 
+import difflib
 import math
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from nanochat.common import UserError, printable
 
 PRICES_AS_OF = "autumn 2025"
 
@@ -80,6 +79,19 @@ GPUS: tuple[Hardware, ...] = (
 
 CPU = "cpu"
 
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of one kind. gpu: None: the CPU of this machine, all its cores."""
+
+    count: int
+    gpu: Hardware | None
+
+    def __str__(self) -> str:
+        """As a flag takes it."""
+        return f"{self.count}x{self.gpu.name}" if self.gpu else CPU
+
+
 # What training is expected to do before anything was timed, in FLOP/s. Under a time budget the batch is fitted to it,
 # except on a CPU, where a run times a pass instead (nanochat/train/pace.py).
 EXPECTED_UTILISATION = 0.4  # of a GPU's bf16 peak
@@ -136,20 +148,27 @@ def cores_of_quota(text: str) -> float:
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
 
 
-def parse_machine(text: str) -> tuple[int, Hardware | None]:
-    """(number of devices, which) of `8xH100`, `H100` or `cpu`, for which there is None.
+def devices(text: str) -> Devices:
+    """What `8xH100`, `H100` or `cpu` names. Raises ValueError, which tells the known names, where it is none of them.
 
-    Raises UserError where the name is none that is known.
+    >>> str(devices("2 x RTX 4090")), str(devices("cpu"))
+    ('2xRTX4090', 'cpu')
     """
     match = re.fullmatch(r"(?:(\d{1,6})\s*[xX*]\s*)?(.+)", text.strip(), re.DOTALL)
     count, name = (int(match[1] or 1), match[2]) if match else (1, "")
-    is_cpu, gpu = name.lower() == CPU, find_gpu(_spaced(name))
-    if count < 1 or not name.isprintable() or not (is_cpu or gpu):
-        known = ", ".join([CPU, *dict.fromkeys(gpu.name for gpu in GPUS)])
-        raise UserError(f"--gpus={printable(text[:60])}: not a machine that is known; give NAME or 8xNAME of {known}")
-    if count > 1 and is_cpu:
-        raise UserError(f"--gpus={printable(text[:60])}: cpu is this machine with all its cores; there is one of it")
-    return count, None if is_cpu else gpu
+    if name.lower() == CPU:
+        if count != 1:
+            raise ValueError("cpu is this machine with all its cores; there is one of it")
+        return Devices(1, None)
+    gpu = find_gpu(_spaced(name)) if name.isprintable() else None
+    if gpu is None:
+        known = [CPU, *dict.fromkeys(gpu.name for gpu in GPUS)]
+        close = difflib.get_close_matches(name.upper(), known, n=1)
+        meant = f"did you mean {close[0]}? Known are" if close else "give NAME or 8xNAME of"
+        raise ValueError(f"not a machine that is known; {meant} {', '.join(known)}")
+    if count < 1:
+        raise ValueError("the number of devices must be at least 1")
+    return Devices(count, gpu)
 
 
 def _spaced(name: str) -> str:

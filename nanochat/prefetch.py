@@ -55,7 +55,7 @@ class Prefetcher:
     ahead: at least as many as a step asks for at once. To be closed; one that is forgotten ends its thread as well.
     """
 
-    def __init__(self, loader: Loader, device: torch.device | str, ahead: int = 4) -> None:
+    def __init__(self, loader: Loader, device: torch.device | str, ahead: int) -> None:
         assert ahead > 0
         self._loader = loader
         self._ahead = ahead

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from nanochat import cli, planning, scaling
-from nanochat.common import base_dir, launch_ranks, prepare_process, print0, record_stage
+from nanochat.common import base_dir, launch_ranks, plural, prepare_process, print0, record_stage
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.report(
             {
                 "depth": (args.depth, True),
-                "width": (f"{config.n_embd}, {config.n_head} heads of {config.head_dim}", False),
+                "width": (f"{config.n_embd}, {plural(config.n_head, 'head')} of {config.head_dim}", False),
                 "vocabulary": (f"{config.vocab_size:,}, the tokenizer's", False),
                 "parameters": (f"{sum(model.parameter_counts().values()):,}", False),
                 "FLOPs per token": (f"{model.flops_per_token():.3g}", False),
                 "data": (corpus.describe(), bool(args.data_dir)),
                 "batch": (f"{plan.total_batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{passes.rows} rows, passes: {passes.count}", args.device_batch_size is not None),
+                "device batch": (passes.describe(), args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "tokens": (f"{plan.num_steps * plan.total_batch_tokens:,}", args.num_iterations is not None),
                 "learning rates": (

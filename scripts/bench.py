@@ -258,6 +258,7 @@ def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     """
     from nanochat.dataset import open_corpus
     from nanochat.evals.speed import first_window, kept_frac, optimizer_step, step_waits
+    from nanochat.forecast import AHEAD
     from nanochat.loader import PretrainLoader
     from nanochat.machine import repeated, spread
     from nanochat.prefetch import Prefetcher
@@ -286,7 +287,7 @@ def bench_loader(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     seconds = repeated(f"{num_batches} batches", draw, args.repeats)[1:]
     _, step = optimizer_step(model_config(args), rt, args.seed, args.compile)
     drawn_by_step = step_waits(step, fresh(), args.repeats)
-    with Prefetcher(fresh(), rt.device) as batches:
+    with Prefetcher(fresh(), rt.device, ahead=AHEAD + 1) as batches:
         prefetched = step_waits(step, batches, args.repeats)
     num_rows = num_batches * rows
     return {

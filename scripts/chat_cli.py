@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat.parallel import runtime
 
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
+    if not args.model_tag:
+        print(f"model: {checkpoint.folder}", file=sys.stderr)
     tokenizer = checkpoint.tokenizer()
     with runtime(args.device_type) as rt:
         model = checkpoint.build_model(rt.device, rt.dtype)

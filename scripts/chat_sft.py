@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "base model": (str(base.folder), bool(args.base_tag)),
                 "conversations": (f"{len(train_set):,} to learn, {len(val_set):,} held out", True),
                 "batch": (f"{batch_tokens:,} tokens", args.total_batch_size is not None),
-                "device batch": (f"{passes.rows} rows, passes: {passes.count}", args.device_batch_size is not None),
+                "device batch": (passes.describe(), args.device_batch_size is not None),
                 "steps": (steps, args.num_iterations is not None),
                 "device": (rt.describe(), bool(args.device_type)),
             }

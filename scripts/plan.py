@@ -1,6 +1,6 @@
 """What a base run will be and cost, before it is begun: model, steps, text, memory, hours, money, disk.
 
-    python -m scripts.plan --depth=20 --gpus=8xH100
+    python -m scripts.plan                                       # of depth 20 on 8xH100
     python -m scripts.plan --depth=12 --gpus=RTX4090 --json      # one JSON object as the last line
     python -m scripts.plan --depth=4 --gpus=cpu --max-seq-len=512 --time-budget=600 --eval-tokens=65536
     python -m scripts.plan --table                               # the tables of docs/plan.md
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanochat import cli, planning
-from nanochat.common import UserError, prepare_process, print0, to_json
+from nanochat.common import plural, prepare_process, print0, to_json
 from nanochat.costs import Machine, Settings, cpu_machine, find_machine, gpu_machine, plan_run
-from nanochat.hardware import EXPECTED_UTILISATION, parse_machine
+from nanochat.hardware import EXPECTED_UTILISATION, Devices, devices
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 TABLE_DEPTHS = (4, 6, 8, 12, 16, 20, 24, 28, 32)
 # (flags, title). `cpu` is then not this machine but a certain one, so that the tables are the same everywhere.
 TABLE_MACHINES = (
@@ -34,8 +34,8 @@ SMALL_WIDTH = 768  # of depth 12; narrower models do not fill a GPU
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
-    devices = "devices: cpu (this machine), NAME, or 8xNAME; an unknown name lists the known ones"
-    parser.flag("--gpus", machine, "8xH100", devices)
+    named = "devices: cpu (this machine), NAME, or 8xNAME; an unknown name lists the known ones"
+    parser.flag("--gpus", devices, devices("8xH100"), named)
     parser.flag("--price", cli.non_negative_float, None, "US dollars per device and hour; else a list price")
     share = f"share of the GPUs' bf16 peak that training gets; else {EXPECTED_UTILISATION:g}"
     parser.flag("--utilisation", cli.number_between(0.001, 1), None, share)
@@ -44,29 +44,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.switch("--table", "Markdown tables over depths and machines, instead of one plan")
     planning.add_base_flags(parser)
     parser.check(lambda args: "--table, --json: give one of them" if args.table and args.json else None)
-    parser.check(lambda args: planning.batch_problem(args, parse_machine(args.gpus)[0]))
+    parser.check(lambda args: planning.batch_problem(args, args.gpus.count))
     parser.check(unfit)
     return parser.parse(argv)
 
 
 def unfit(args: Namespace) -> str | None:
     """The rule that a machine is asked only for what it has."""
-    gpu = parse_machine(args.gpus)[1]
+    gpu = args.gpus.gpu
     if gpu is None and args.utilisation:
         return "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"
     if args.fp8 and not args.fp8_emulate and not (gpu is not None and gpu.has_fp8):
         name = "a CPU" if gpu is None else f"{gpu.name}"
         return f"--fp8: {name} has no FP8 products; leave it out, or add --fp8-emulate"
     return None
-
-
-def machine(text: str) -> str:
-    """A text that `parse_machine` takes."""
-    try:
-        parse_machine(text)
-    except UserError as error:
-        raise ValueError(str(error).partition(": ")[2]) from None
-    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,6 +81,7 @@ def settings_of(args: Namespace) -> Settings:
         save_every=args.save_every,
         keep_last=args.keep_last,
         keep_every=args.keep_every,
+        data_dir=args.data_dir,
         utilisation=args.utilisation,
         price=args.price,
     )
@@ -154,12 +146,14 @@ def training_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def memory_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     memory = run["memory"]
-    parts = [(f"  {part}", gib(size)) for part, size in memory["parts_bytes"].items() if size > GIB / 200]
+    unit = GIB if memory["total_bytes"] >= GIB else MIB
+    parts = [(f"  {part}", binary(size, unit)) for part, size in memory["parts_bytes"].items() if size >= unit / 200]
     fp8 = f", fp8 {memory['fp8']}" if memory["fp8"] else ""
     how = f"{memory['dtype']}{fp8}{', compiled' if memory['compiled'] else ''}, {plural(memory['rows'], 'row')} a pass"
+    usable = binary(memory["usable_bytes"], GIB).strip()
     largest = plural(memory["largest_rows"], "row") if memory["largest_rows"] else "none"
     return [
-        ("at its peak", f"{gib(memory['total_bytes'])} of {memory['usable_bytes'] / GIB:,.1f} usable  ({how})"),
+        ("at its peak", f"{binary(memory['total_bytes'], unit)} of {usable} usable  ({how})"),
         *parts,
         ("largest device batch", f"{largest}, of {memory['rows_per_step']:,} a step"),
     ]
@@ -176,6 +170,7 @@ def money_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{time['tokens_per_s']:,.0f} tokens/s  ({speed_source(run)})"),
         ("training", hours(time["training_hours"])),
         ("evaluation", f"{hours(time['evaluation_hours'])}  ({evaluations})"),
+        ("together", hours(time["hours"])),
         ("price", price),
     ]
 
@@ -190,11 +185,13 @@ def speed_source(run: dict[str, Any]) -> str:
 
 def disk_rows(run: dict[str, Any]) -> list[tuple[str, str]]:
     text, disk = run["text"], run["disk"]
-    host = [("host memory", gib(run["host_memory_bytes"]).strip())] if run["machine"]["cores"] is None else []
+    host = [("host memory", binary(run["host_memory_bytes"], GIB).strip())] if run["machine"]["cores"] is None else []
+    own = f"{decimal(text['characters'], 'characters')} of your own hold each token once"
+    fetched = f"{decimal(text['bytes'])}: {plural(text['train_shards'], 'shard')} of ClimbMix and one to validate on"
     return [
-        ("text", f"{gb(text['bytes'])}: {text['train_shards']:,} shards of ClimbMix and one to validate on"),
-        ("a checkpoint", f"{gb(disk['checkpoint_bytes'])}, {gb(disk['weights_bytes'])} of them weights"),
-        ("checkpoints", f"{gb(disk['bytes'])}: {disk['most_at_once']:,} at a time at most"),
+        ("text", own if text["data_dir"] else fetched),
+        ("a checkpoint", f"{decimal(disk['checkpoint_bytes'])}, {decimal(disk['weights_bytes'])} of them weights"),
+        ("checkpoints", f"{decimal(disk['bytes'])}: {disk['most_at_once']:,} at a time at most"),
         *host,
     ]
 
@@ -205,21 +202,22 @@ def does_not_fit(memory: dict[str, Any]) -> str:
     return "does not fit: not even one row a pass; fewer layers, a shorter --max-seq-len, or more memory"
 
 
-def gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:>7,.2f} GiB"
-
-
-def plural(count: float, name: str) -> str:
+def decimal(size: float, unit: str = "B") -> str:
     """
-    >>> plural(1, "row"), plural(2_000, "pass"), plural(1.5, "core")
-    ('1 row', '2,000 passes', '1.5 cores')
+    >>> decimal(1_236_000), decimal(27.38e9), decimal(2.4e8, "characters")
+    ('1.2 MB', '27.38 GB', '240.0 million characters')
     """
-    count = int(count) if count == int(count) else count
-    return f"{count:,} {name}{'' if count == 1 else 'es' if name.endswith('s') else 's'}"
+    words = {"B": ("MB", "GB")}.get(unit, (f"million {unit}", f"billion {unit}"))
+    return f"{size / 1e6:,.1f} {words[0]}" if size < 1e9 else f"{size / 1e9:,.2f} {words[1]}"
+
+
+def binary(size: float, unit: int) -> str:
+    """In MiB or GiB, for columns.
+
+    >>> binary(2**29, GIB), binary(2**29, MIB)
+    ('   0.50 GiB', ' 512.0 MiB')
+    """
+    return f"{size / GIB:>7,.2f} GiB" if unit == GIB else f"{size / MIB:>6,.1f} MiB"
 
 
 def amount(number: float) -> str:
@@ -251,8 +249,8 @@ def tables() -> list[str]:
     """The tables of docs/plan.md: what follows from the depth, and what it means on each machine."""
     lines: list[str] = []
     for flags, title in TABLE_MACHINES:
-        machine = table_machine(flags[0])
         asked = [parse_args([*flags, f"--depth={depth}"]) for depth in TABLE_DEPTHS]
+        machine = table_machine(asked[0].gpus)
         runs = [plan_run(planning.request_of(args), machine, settings_of(args)) for args in asked]
         if not lines:
             lines += model_table(runs)
@@ -260,10 +258,11 @@ def tables() -> list[str]:
     return lines
 
 
-def table_machine(flag: str) -> Machine:
+def table_machine(asked: Devices) -> Machine:
     """What --gpus names, whatever the machine and the environment here."""
-    devices, gpu = parse_machine(flag.partition("=")[2])
-    return cpu_machine(TABLE_CORES, TABLE_MEMORY_BYTES, TABLE_DTYPE) if gpu is None else gpu_machine(gpu, devices)
+    if asked.gpu is None:
+        return cpu_machine(TABLE_CORES, TABLE_MEMORY_BYTES, TABLE_DTYPE)
+    return gpu_machine(asked.gpu, asked.count)
 
 
 def model_table(runs: list[dict[str, Any]]) -> list[str]:
@@ -275,7 +274,7 @@ def model_table(runs: list[dict[str, Any]]) -> list[str]:
             amount(run["parameters"]["total"]),
             amount(run["training"]["tokens"]),
             f"{run['text']['train_shards']:,}",
-            gb(run["disk"]["checkpoint_bytes"]),
+            decimal(run["disk"]["checkpoint_bytes"]),
         ]
         for run in runs
     ]

@@ -16,7 +16,7 @@ from ancestral import HEAD_SIZES, OLD_SIZES, VOCAB, ancestor_logits, weights
 from torch import Tensor
 
 from nanochat.ancestor import ERAS, OCTOBER, parameter_shapes, read_model, read_tokenizer
-from nanochat.checkpoint import Checkpoint, find_checkpoint
+from nanochat.checkpoint import Checkpoint, find_checkpoint, run_folder
 from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from scripts import chat_sft, import_model
@@ -271,7 +271,9 @@ def test_the_chat_answers_with_an_imported_model(head_model: Path, base_dir: Pat
     assert (done.returncode, done.stderr) == (0, "")
     assert "14 March 2026 and later" in done.stdout and "val bpb 0.8100" in done.stdout
     done = run_recipe(base_dir, "scripts.chat_cli", "-p", "hi", "--max-tokens=8", "--device-type=cpu")
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
+    model = run_folder("sft", "taken").relative_to(base_dir)
+    assert done.returncode == 0 and done.stdout.strip()
+    assert re.fullmatch(rf"model: .*{model}/step_\d+\n", done.stderr), "which one it took, as none was named"
 
 
 def test_fine_tuning_starts_from_an_imported_base_model(old_model: Path, base_dir: Path, tmp_path: Path) -> None:

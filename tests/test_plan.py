@@ -11,7 +11,7 @@ import torch
 
 from nanochat import planning
 from nanochat.checkpoint import run_folder
-from nanochat.common import UserError, read_record, record_path
+from nanochat.common import UserError, plural, read_record, record_path
 from nanochat.costs import cpu_machine
 from nanochat.download import CHARS_PER_TOKEN, KNOWN, Wish, tokens_of_depth
 from nanochat.hardware import core_flops
@@ -56,7 +56,10 @@ def test_a_run_does_what_was_planned(flags: list[str], text: Path, capsys: pytes
         record[name] for name in ("steps", "tokens", "flops")
     ]
     assert memory["rows"] == record["device_batch_size"]
-    assert f"{training['batch_tokens']:,} tokens" in out and f"passes: {memory['passes']}" in out
+    assert (
+        f"{training['batch_tokens']:,} tokens" in out
+        and f"{plural(memory['rows'], 'row')} x {plural(memory['passes'], 'pass')}" in out
+    )
     written = sorted((run_folder("base", "d2")).glob("step_*"))
     assert len(written) == expected["disk"]["most_at_once"] == 1
     on_disk = sum((written[0] / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer"))
@@ -152,7 +155,9 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--gpus=9xH999"], "--gpus=9xH999: not a machine that is known; give NAME or 8xNAME of cpu, GB200, "),
+        (["--gpus=TPU"], "--gpus=TPU: not a machine that is known; give NAME or 8xNAME of cpu, GB200, "),
+        (["--gpus=8xh1000"], "--gpus=8xh1000: not a machine that is known; did you mean H100? Known are cpu, GB200, "),
+        (["--gpus=0xH100"], "--gpus=0xH100: the number of devices must be at least 1"),
         (["--gpus=2xcpu"], "--gpus=2xcpu: cpu is this machine with all its cores; there is one of it"),
         (["--gpus=cpu", "--utilisation=0.5"], "--utilisation: of a GPU's peak; leave it out with --gpus=cpu"),
         (["--gpus=cpu", "--fp8"], "--fp8: a CPU has no FP8 products; leave it out, or add --fp8-emulate"),
@@ -235,3 +240,23 @@ def test_the_page_holds_exactly_what_the_tables_say_whatever_the_environment(
     page = (REPO / "docs" / "plan.md").read_text(encoding="utf-8")
     assert table.count("\n| ") == 5 * (1 + len(plan.TABLE_DEPTHS))
     assert table in page, "python -m scripts.plan --table prints something else: put it into docs/plan.md"
+
+
+def test_a_plan_for_text_of_ones_own_asks_for_no_shards(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--depth=2", "--gpus=cpu", "--max-seq-len=64", "--num-iterations=10"]
+    own, fetched = (planned(capsys, *flags, *more) for more in ([f"--data-dir={text}"], []))
+    assert (
+        own["text"]["characters"] == fetched["text"]["characters"] == int(own["training"]["tokens"] * CHARS_PER_TOKEN)
+    )
+    assert (own["text"]["train_shards"], own["text"]["bytes"], own["text"]["data_dir"]) == (0, 0, str(text))
+    assert fetched["text"]["train_shards"] > 0
+    assert "ClimbMix" not in plan.disk_rows(own)[0][1] and "ClimbMix" in plan.disk_rows(fetched)[0][1]
+
+
+def test_parts_of_a_small_models_memory_are_told_in_mebibytes_and_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    run = planned(capsys, "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--gpus=cpu")
+    rows = dict(plan.memory_rows(run))
+    assert rows["at its peak"].split()[1] == "MiB"
+    sizes = [float(value.split()[0]) for name, value in rows.items() if name.startswith("  ")]
+    assert sum(sizes) == pytest.approx(run["memory"]["total_bytes"] / 2**20, abs=0.5)
+    assert {name.strip() for name in rows} >= {"weights", "optimizer state", "activations"}

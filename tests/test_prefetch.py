@@ -108,7 +108,7 @@ def test_the_stream_is_the_loaders_bit_by_bit(folder: Path, tokenizer: Tokenizer
 def test_the_state_is_that_of_the_last_batch_handed_out_at_every_moment(folder: Path, tokenizer: Tokenizer) -> None:
     random = Random(7)
     for plain, drawn in zip(loaders(folder, tokenizer), loaders(folder, tokenizer)):
-        with Prefetcher(drawn, "cpu") as batches:
+        with Prefetcher(drawn, "cpu", 4) as batches:
             states = []
             for _ in range(60):
                 assert_same_state(batches.state(), plain.state())
@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_any_state_and_from_a_state_just_loaded(folder: Path,
         for _ in range(40):
             states.append(plain.state())
             stream.append(next(plain))
-        with Prefetcher(drawn, "cpu") as batches:
+        with Prefetcher(drawn, "cpu", 4) as batches:
             for start in (0, 33, 1, 17, 17, 2):
                 batches.load_state(states[start])
                 assert_same_state(batches.state(), states[start])
@@ -135,11 +135,11 @@ def test_a_run_goes_on_from_any_state_and_from_a_state_just_loaded(folder: Path,
 
 def test_a_state_goes_on_with_another_number_of_ranks(folder: Path, tokenizer: Tokenizer) -> None:
     plain = pretrain(folder, tokenizer, rows=4)
-    with Prefetcher(pretrain(folder, tokenizer, rows=4), "cpu") as one:
+    with Prefetcher(pretrain(folder, tokenizer, rows=4), "cpu", 4) as one:
         for _ in range(7):
             next(one), next(plain)
         state = one.state()
-    ranks = [Prefetcher(pretrain(folder, tokenizer, 2, rank, 2), "cpu") for rank in range(2)]
+    ranks = [Prefetcher(pretrain(folder, tokenizer, 2, rank, 2), "cpu", 4) for rank in range(2)]
     for rank in ranks:
         rank.load_state(state)
     for _ in range(20):
@@ -163,7 +163,7 @@ def test_as_many_are_drawn_ahead_as_asked_for_and_no_more() -> None:
 
 def test_an_error_comes_in_place_of_its_batch_and_the_next_try_begins_there() -> None:
     loader = Counting({5: UserError("batch 5 is broken")})
-    with Prefetcher(loader, "cpu") as batches:
+    with Prefetcher(loader, "cpu", 4) as batches:
         assert numbers(batches, 5) == [0, 1, 2, 3, 4]
         for _ in range(2):
             with pytest.raises(UserError, match="batch 5 is broken"):
@@ -174,7 +174,7 @@ def test_an_error_comes_in_place_of_its_batch_and_the_next_try_begins_there() ->
 
 
 def test_any_error_of_the_thread_is_raised_and_not_only_the_users() -> None:
-    with Prefetcher(Counting({1: ZeroDivisionError("a bug")}), "cpu") as batches:
+    with Prefetcher(Counting({1: ZeroDivisionError("a bug")}), "cpu", 4) as batches:
         assert numbers(batches, 1) == [0]
         with pytest.raises(ZeroDivisionError, match="a bug"):
             next(batches)
@@ -190,7 +190,7 @@ def test_a_corrupt_shard_is_told_after_all_rows_before_it_and_a_mended_one_goes_
     last = "1.jsonl"  # in the order of seed 0
     good = (corpus / last).read_bytes()
     (corpus / last).write_bytes(b"{" + good[1:].replace(b"}", b"]", 1))
-    with Prefetcher(loader, "cpu") as batches:
+    with Prefetcher(loader, "cpu", 4) as batches:
         handed_out, states = [], []
         with pytest.raises(UserError, match=f"{last}, line .*not JSON"):
             for _ in count():
@@ -205,7 +205,7 @@ def test_a_corrupt_shard_is_told_after_all_rows_before_it_and_a_mended_one_goes_
 
 
 def test_a_state_that_is_refused_changes_nothing() -> None:
-    with Prefetcher(Counting(), "cpu") as batches:
+    with Prefetcher(Counting(), "cpu", 4) as batches:
         assert numbers(batches, 3) == [0, 1, 2]
         with pytest.raises(UserError, match="no such place"):
             batches.load_state({"at": -1})
@@ -215,7 +215,7 @@ def test_a_state_that_is_refused_changes_nothing() -> None:
 
 def test_an_interrupt_while_it_waits_loses_no_batch() -> None:
     loader = Counting(delay_s=0.3)
-    with Prefetcher(loader, "cpu") as batches:
+    with Prefetcher(loader, "cpu", 4) as batches:
         threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
             next(batches)
@@ -234,14 +234,14 @@ def test_close_ends_the_thread_drops_what_waits_and_leaves_the_state() -> None:
 
 
 def test_an_error_in_the_recipe_ends_the_thread_too() -> None:
-    with pytest.raises(ZeroDivisionError), Prefetcher(Counting(), "cpu") as batches:
+    with pytest.raises(ZeroDivisionError), Prefetcher(Counting(), "cpu", 4) as batches:
         next(batches)
         raise ZeroDivisionError
     assert threads() == []
 
 
 def test_one_that_is_forgotten_ends_its_thread() -> None:
-    batches = Prefetcher(Counting(), "cpu")
+    batches = Prefetcher(Counting(), "cpu", 4)
     next(batches)
     assert threads() != []
     del batches  # the fixture waits for the thread's end
@@ -309,7 +309,7 @@ def test_nobody_waits_for_a_copy_to_a_gpu_that_is_busy() -> None:
 @pytest.mark.gpu
 def test_the_stream_on_a_gpu_is_the_loaders(folder: Path, tokenizer: Tokenizer) -> None:
     plain = pretrain(folder, tokenizer)
-    with Prefetcher(pretrain(folder, tokenizer), torch.device("cuda", 0)) as batches:
+    with Prefetcher(pretrain(folder, tokenizer), torch.device("cuda", 0), 4) as batches:
         for _ in range(50):
             assert equal(next(batches).to("cpu"), next(plain))
             assert_same_state(batches.state(), plain.state())

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from nanochat.common import LostRank, print0
+from nanochat.common import LostRank, plural, print0
 from nanochat.config import ModelConfig
 from nanochat.forecast import AHEAD, USABLE, Setup, in_passes
 from nanochat.loader import Batch
@@ -73,6 +73,10 @@ class Passes:
     @property
     def count(self) -> int:
         return self._rows_per_step // self.rows
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{plural(self.rows, 'row')} x {plural(self.count, 'pass')}"
 
     def rehearse(self, loss_fn: LossFn, optimizer: MuonAdamW) -> None:
         """Halve the rows on all ranks until passes of them fit on each. One rank alone finds that out as it goes."""
