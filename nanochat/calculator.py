@@ -1,12 +1,17 @@
 """The calculator that a model may call in the middle of its answer (`tools` ties it to token ids).
 
-An expression is arithmetic, or `'strawberry'.count('r')`. We read it ourselves, by a small tokenizer and a parser of
-one function per rule:
+An expression is arithmetic, or `'strawberry'.count('r')`. We read it ourselves, by a parser of one method per rule that
+takes one piece of the text after the other:
 
     sum     = product, then any number of  + product  or  - product
-    product = signed, then any number of   * signed ,  / signed  or  // signed  (rounded down)
-    signed  = -signed, +signed or item
-    item    = number, (sum), or text.count(text)
+    product = signed, then any number of   * signed ,  / signed ,  // signed  (rounded down)  or  % signed  (the rest)
+    signed  = -signed, +signed or power
+    power   = part, or  part ^ signed  (** is the same; the exponent is whole)
+    part    = item, or  item %  (hundredths: a % with nothing to divide by behind it)
+    item    = number, (sum), text.count(text), or a function of `FUNCTIONS` such as max(sum, sum)
+
+A number may have a currency before it and commas between its thousands, but not inside the brackets of a function,
+where commas part its arguments; × and x multiply. Rounding is as in school: halves go away from zero.
 
 Nothing is handed to Python's own evaluator, so there is nothing to escape from, and no timer is needed: every cost is
 bounded by the constants below. Numbers are exact fractions, so 0.2*3 is 0.6 and 60/6 is 10, never 10.0. What goes wrong
@@ -16,6 +21,8 @@ is told to the model as text too ("error: division by zero"): a call always has 
     '3085'
     >>> calculate("10/4 - 1/3")
     '2.16666666667'
+    >>> calculate("$80 - 15% * 80 + max(2^10, 1,000)")
+    '1092'
     >>> calculate("'a,b,c'.count(',')")
     '2'
     >>> calculate("7 / (3 - 3)")
@@ -23,6 +30,7 @@ is told to the model as text too ("error: division by zero"): a call always has 
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from math import floor
 
@@ -32,19 +40,36 @@ MAX_DIGITS = 100  # digits of the numerator or denominator of any number on the 
 SIGNIFICANT_DIGITS = 12  # of an output that no decimal writes exactly, such as 1/3
 MAX_DECIMALS = 30  # a terminating decimal with more places is rounded to SIGNIFICANT_DIGITS too
 
-_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-"})
-_NUMBER = r"[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+"
+_SIGNS = {"×": "*", "x": "*", "X": "*", "÷": "/", "−": "-", "**": "^"}
+_CURRENCY = "$€£¥"
 _TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
-_PIECE = re.compile(
-    rf"\s*(?:(?P<number>{_NUMBER})|(?P<text>{_TEXT})|(?P<count>\.\s*count\b)|(?P<sign>//|[-+*/()×÷−])|(?P<wrong>\w+|\S))",
-    re.DOTALL,
-)
+_TIMES = r"[xX](?![^\W\d])"  # x is no sign where a word begins with it
+_SIGN = rf"\*\*|//|[-+*/^%(),×÷−]|{_TIMES}"
+_PERCENT = rf"%(?=\s*{_TIMES})|%(?!\s*[\w.('\"{_CURRENCY}])"
+
+
+def _pieces(number: str) -> re.Pattern[str]:
+    """What finds the next piece of an expression; its groups are the kinds of piece."""
+    return re.compile(
+        rf"\s*(?:(?P<wrong_number>0[xX][0-9a-fA-F]+)|(?:[{_CURRENCY}]\s*)?(?P<number>{number}|\.[0-9]+)|(?P<text>{_TEXT})"
+        rf"|(?P<count>\.\s*count\b)|(?P<percent>{_PERCENT})|(?P<sign>{_SIGN})|(?P<name>[^\W\d]\w*)|(?P<wrong>\w+|\S)"
+        r"|(?P<end>\Z))",
+        re.DOTALL,
+    )
+
+
+_PIECE = _pieces(r"[0-9][0-9,]*(?:\.[0-9]*)?")
+_PIECE_OF_ARGUMENTS = _pieces(r"[0-9]+(?:\.[0-9]*)?")
 _GROUPED = re.compile(r"[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+")
 _ESCAPE = re.compile(r"\\(['\"\\])")
 
 
-class _Refused(Exception):
-    """The expression has no value; the message is what the model reads."""
+class Refused(Exception):
+    """An expression that has no value; the message is what the model reads."""
+
+
+class NoExpression(Refused):
+    """The text is not written as one: another tool may know what to do with it."""
 
 
 def calculate(expression: str) -> str:
@@ -54,9 +79,29 @@ def calculate(expression: str) -> str:
     whole part alone is longer). Never longer than 140 characters.
     """
     try:
-        return format_number(_Parser(_split(expression)).value())
-    except _Refused as refusal:
+        return format_number(evaluate(expression))
+    except Refused as refusal:
         return f"error: {refusal}"
+
+
+def evaluate(expression: str) -> Fraction:
+    """The exact value of an expression. Raises Refused where it has none."""
+    if len(expression) > MAX_CHARS:
+        raise NoExpression(f"expression longer than {MAX_CHARS} characters")
+    if not expression.strip():
+        raise Refused("empty expression")
+    return _Parser(expression).value()
+
+
+def is_expression(text: str) -> bool:
+    """Whether this is written as an expression, be there a value or not: 1/0 is one, print(1) is not."""
+    try:
+        evaluate(text)
+    except NoExpression:
+        return False
+    except Refused:
+        pass
+    return True
 
 
 def format_number(value: Fraction) -> str:
@@ -82,44 +127,43 @@ def _decimals(value: Fraction) -> int:
     return len(str(value.denominator // abs(value.numerator))) - 1 + SIGNIFICANT_DIGITS
 
 
-def _split(expression: str) -> list[tuple[str, str]]:
-    """(kind, text) of every piece, and an `end` piece. Kinds are the group names of `_PIECE`."""
-    if len(expression) > MAX_CHARS:
-        raise _Refused(f"expression longer than {MAX_CHARS} characters")
-    pieces = [(match.lastgroup or "", match[match.lastgroup or 0]) for match in _PIECE.finditer(expression)]
-    if not pieces:
-        raise _Refused("empty expression")
-    return [*((kind, piece.translate(_SIGNS) if kind == "sign" else piece) for kind, piece in pieces), ("end", "")]
-
-
 class _Parser:
-    """Walks once over the pieces; each method reads one rule of the grammar and returns its value."""
+    """Walks once over the text; each method reads one rule of the grammar and returns its value.
 
-    def __init__(self, pieces: list[tuple[str, str]]) -> None:
-        self._pieces = pieces
-        self._at = 0
+    The next piece is always known: its kind (a group of the pattern) and its text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0  # where the piece after the next one begins
         self._depth = 0
+        self._pattern = _PIECE
+        self._kind = self._piece = ""
+        self._advance()
 
     def value(self) -> Fraction:
         result = self._sum()
-        if self._pieces[self._at][0] != "end":
+        if self._kind != "end":
             raise self._unexpected()
         return result
 
+    def _advance(self) -> None:
+        match = self._pattern.match(self._text, self._at)
+        assert match and match.lastgroup, "some group takes whatever there is"
+        self._kind, piece, self._at = match.lastgroup, match[match.lastgroup], match.end()
+        self._piece = _SIGNS.get(piece, piece) if self._kind == "sign" else piece
+
     def _take(self, *signs: str) -> str | None:
         """The next piece, if it is one of these signs."""
-        kind, piece = self._pieces[self._at]
-        if kind != "sign" or piece not in signs:
-            return None
-        self._at += 1
-        return piece
+        return self._take_kind("sign") if self._piece in signs else None
 
     def _take_kind(self, kind: str) -> str | None:
         """The next piece, if it is of this kind."""
-        if self._pieces[self._at][0] != kind:
+        if self._kind != kind:
             return None
-        self._at += 1
-        return self._pieces[self._at - 1][1]
+        piece = self._piece
+        self._advance()
+        return piece
 
     def _sum(self) -> Fraction:
         result = self._product()
@@ -130,34 +174,64 @@ class _Parser:
 
     def _product(self) -> Fraction:
         result = self._signed()
-        while sign := self._take("*", "/", "//"):
+        while sign := self._take("*", "/", "//", "%"):
             other = self._signed()
             if sign != "*" and not other:
-                raise _Refused("division by zero")
-            result = _bounded(result * other if sign == "*" else result / other)
-            result = Fraction(floor(result)) if sign == "//" else result
+                raise Refused("division by zero")
+            quotient = _bounded(result * other if sign == "*" else result / other)
+            if sign == "%":
+                result = _bounded(result - other * floor(quotient))
+            else:
+                result = Fraction(floor(quotient)) if sign == "//" else quotient
         return result
 
     def _signed(self) -> Fraction:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise _Refused(f"nested deeper than {MAX_DEPTH}")
+            raise Refused(f"nested deeper than {MAX_DEPTH}")
         sign = self._take("-", "+")
-        result = self._signed() if sign else self._item()
+        result = self._signed() if sign else self._power()
         self._depth -= 1
         return -result if sign == "-" else result
+
+    def _power(self) -> Fraction:
+        base = self._item()
+        base = _bounded(base / 100) if self._take_kind("percent") else base
+        return _raised(base, self._signed()) if self._take("^") else base
 
     def _item(self) -> Fraction:
         if (number := self._take_kind("number")) is not None:
             return _read_number(number)
         if (text := self._take_kind("text")) is not None:
             return Fraction(_unquote(text).count(self._counted()))
+        if self._kind == "name" and self._piece in FUNCTIONS:
+            return self._function()
         if not self._take("("):
             raise self._unexpected()
         result = self._sum()
+        self._close()
+        return result
+
+    def _function(self) -> Fraction:
+        """A name and its arguments, in which a comma parts two of them even between digits."""
+        name, outside = self._piece, self._pattern
+        self._advance()
+        self._pattern = _PIECE_OF_ARGUMENTS
+        if not self._take("("):
+            raise self._unexpected("a (")
+        arguments = [self._sum()]
+        while self._take(","):
+            arguments.append(self._sum())
+        self._pattern = outside
+        self._close()
+        num_arguments, function = FUNCTIONS[name]
+        if len(arguments) not in num_arguments:
+            raise Refused(f"too many arguments for {name}")
+        return _bounded(function(*arguments))
+
+    def _close(self) -> None:
         if not self._take(")"):
             raise self._unexpected("a )")
-        return result
 
     def _counted(self) -> str:
         """The argument of `.count(...)`, whose text was just read."""
@@ -167,20 +241,22 @@ class _Parser:
         if text is None or not self._take(")"):
             raise self._unexpected("one quoted text inside .count( )")
         if len(text) == 2:
-            raise _Refused("an empty text cannot be counted")
+            raise Refused("an empty text cannot be counted")
         return _unquote(text)
 
-    def _unexpected(self, wanted: str = "") -> _Refused:
-        kind, piece = self._pieces[self._at]
-        if kind == "end":
-            return _Refused(f"missing {wanted or 'number at the end'}")
-        return _Refused(f"unexpected {piece[:20]}" + (f", missing {wanted}" if wanted else ""))
+    def _unexpected(self, wanted: str = "") -> NoExpression:
+        if self._kind == "end":
+            return NoExpression(f"missing {wanted or 'number at the end'}")
+        return NoExpression(f"unexpected {self._piece[:20]}" + (f", missing {wanted}" if wanted else ""))
+
+
+# Numbers --------------------------------------------------------------------------------------------------------
 
 
 def _read_number(text: str) -> Fraction:
     whole, _, places = text.partition(".")
     if whole and not _GROUPED.fullmatch(whole):
-        raise _Refused(f"misplaced comma in {text[:20]}")
+        raise Refused(f"misplaced comma in {text[:20]}")
     digits = whole.replace(",", "") + places
     if len(digits) > MAX_DIGITS:
         raise _too_long()
@@ -197,5 +273,34 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-def _too_long() -> _Refused:
-    return _Refused(f"number with more than {MAX_DIGITS} digits")
+def _too_long() -> Refused:
+    return Refused(f"number with more than {MAX_DIGITS} digits")
+
+
+def _raised(base: Fraction, exponent: Fraction) -> Fraction:
+    """base ^ exponent; what would be too long is refused before it is made."""
+    if exponent.denominator != 1:
+        raise Refused("an exponent that is not whole")
+    if not base and exponent < 0:
+        raise Refused("division by zero")
+    bits = max(abs(base.numerator), base.denominator).bit_length() - 1  # base or its inverse is 2^bits at least
+    if bits * abs(exponent) > MAX_DIGITS * 10 / 3:  # 2^10 is more than 10^3
+        raise _too_long()
+    return _bounded(base ** int(exponent))
+
+
+def _round(value: Fraction, places: Fraction = Fraction(0)) -> Fraction:
+    if places.denominator != 1 or abs(places) > MAX_DIGITS:
+        raise Refused(f"rounding to {format_number(places)} places")
+    unit = Fraction(10) ** -int(places)
+    nearest = floor(abs(value) / unit + Fraction(1, 2)) * unit
+    return -nearest if value < 0 else nearest
+
+
+# Names in expressions: how many arguments they may have, and what they are.
+FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
+    "abs": (range(1, 2), abs),
+    "max": (range(1, MAX_CHARS), lambda *values: max(values)),
+    "min": (range(1, MAX_CHARS), lambda *values: min(values)),
+    "round": (range(1, 3), _round),
+}

@@ -283,6 +283,47 @@ class ReplyReader:
         return [{"type": self._kind, "text": text}]
 
 
+class StopStrings:
+    """Text while it arrives, up to the first of some strings; what may be the beginning of one is held back.
+
+    The string that is complete first ends the text, so the end does not depend on how the text was cut into pieces.
+
+    >>> stop = StopStrings(["\\n\\n"])
+    >>> stop.push("one\\n"), stop.push("two\\n"), stop.push("\\nthree"), stop.is_found
+    ('one', '\\ntwo', '', True)
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops), "an empty string would be found at once"
+        self.is_found = False
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What is certain to stand before a stop string. Nothing more comes once one is found."""
+        if not self._stops or self.is_found:
+            return "" if self.is_found else text
+        text = self._held + text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        self.is_found = bool(ends)
+        certain = min(ends)[1] if ends else self._certain(text)
+        self._held = "" if ends else text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """What was held back, where the text has ended by itself."""
+        held, self._held = self._held, ""
+        return held
+
+    def _certain(self, text: str) -> int:
+        """Where the longest end of `text` begins that is the beginning of a stop string."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return start
+        return len(text)
+
+
 def terminal_text(text: str) -> str:
     """`text` without power over a terminal: what moves the cursor, changes the colour or turns the direction of writing
     is an escape such as \\x1b. Newlines, tabs and every kind of space stay, and the joiners that emoji are made with.

@@ -183,6 +183,13 @@ def add_device_flags(parser: Parser) -> None:
     parser.switch("--offline", "never use the network")
 
 
+def add_engine_flags(parser: Parser) -> None:
+    """How answers are computed."""
+    told = "the same answer to the bit whatever else runs beside it; slower where several run"
+    parser.switch("--deterministic", told)
+    parser.switch("--int8", "write with weights of one byte: faster on a CPU, and slightly off")
+
+
 def add_run_flags(parser: Parser) -> None:
     """Flags of every recipe that trains."""
     add_device_flags(parser)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the browser tests need: Chromium, and the extra `browser` (Playwright, which drives it).
+# What the browser tests need: Chromium, and the extra `browser` (Playwright drives it, axe-core judges accessibility).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

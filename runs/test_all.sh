@@ -15,7 +15,7 @@ HELP
     ;;
 esac
 bash runs/test.sh "$@"
-bash runs/setup.sh dev tensorboard trackio wandb "$@"
+bash runs/setup.sh dev lm-eval tensorboard trackio wandb "$@"
 bash runs/install_browser.sh
 if [ "$(id -u)" -eq 0 ] || command -v chromium chromium-browser google-chrome >/dev/null; then
     export NANOCHAT_REQUIRE_BROWSER=1

@@ -6,20 +6,25 @@
     python -m scripts.bench --only=decode --depth=6
     python -m scripts.bench --only=time-to-bpb --data-dir=FOLDER --budget=300 --json
     python -m scripts.bench --only=memory
+    python -m scripts.bench --only=sandbox --repeats=50 --json
+    python -m scripts.bench --only=serve --depth=4
 
 train        optimizer steps on random tokens: tokens/s, FLOP/s, share of the machine's matmul peak
 loader       packed batches from text, whole windows: tokens/s, share of places with real tokens, share of tokens kept,
              share of an optimizer step that waits for its batch, drawn by the step or prefetched
 tokenizer    training and encoding in MB/s, decoding in tokens/s, bytes per token of the validation text
-decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt
+decode       different prompts side by side, random weights: tokens/s, time to the first token of a long prompt; in
+             turns with int8 weights, and with transformers where it is installed (the extra `compare`): ratios
 time-to-bpb  scripts.base_train for --budget seconds, start-up and compilation included, in a fresh base folder, once
              per seed: bits per byte over time, and of the end in three ways (nanochat/evals/time_to_bpb.py)
 memory       one step on the CPU of several shapes, each in a process of its own: bytes of tensors and resident bytes,
              foretold (nanochat/forecast.py) and measured
+sandbox      a small program as a plain process and in the sandbox, in turns: seconds of both, median of the differences
+serve        a server with random weights: time to the first token, to a free row after a client has left, to a 429
 
-core and serve are not there yet. Rates are the median, the smallest and the largest of --repeats. The peak is measured
-before and after, in float32 and in the dtype that training computes in: where before and after differ, other programs
-had the processor too, and only ratios within one run compare.
+core is not there yet. Rates are the median, the smallest and the largest of --repeats. The peak is measured before and
+after, in float32 and in the dtype that training computes in: where before and after differ, other programs had the
+processor too, and only ratios within one run compare.
 """
 
 import shlex
@@ -30,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nanochat import cli, scaling
@@ -40,8 +46,8 @@ if TYPE_CHECKING:
     from nanochat.config import ModelConfig
     from nanochat.parallel import Runtime
 
-MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb", "memory")
-DIALLED = MODES[:5]  # by --depth; memory has shapes of its own
+MODES = ("train", "loader", "tokenizer", "decode", "time-to-bpb", "memory", "sandbox", "serve")
+DIALLED = MODES[:5]  # by --depth; memory has shapes of its own, sandbox none
 DECODE_BATCHES = (1, 4, 16)
 ENCODE_THREADS = (1, 2)
 
@@ -75,9 +81,9 @@ class Flag:
 
 
 SIZED, TEXT = ("train", "loader", "decode", "time-to-bpb"), ("loader", "tokenizer", "time-to-bpb")
-REPEATED = MODES[:4]
+REPEATED = (*MODES[:4], "sandbox", "serve")
 FLAGS = {
-    "depth": Flag(cli.depth, None, "layers; else 4, for time-to-bpb 2", DIALLED),
+    "depth": Flag(cli.depth, None, "layers; else 4, for time-to-bpb 2", (*DIALLED, "serve")),
     "vocab_size": Flag(cli.vocabulary_size, None, "ids; else derived from --depth, for time-to-bpb 4096", DIALLED),
     "max_seq_len": Flag(cli.sequence_length, 512, "context in tokens", SIZED),
     "aspect_ratio": Flag(cli.positive_int, scaling.ASPECT_RATIO, "width per layer", SIZED),
@@ -154,8 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "decode": bench_decode,
         "time-to-bpb": bench_time_to_bpb,
         "memory": bench_memory,
+        "sandbox": bench_sandbox,
+        "serve": bench_serve,
     }[args.only]
-    with runtime(args.device_type, in_batches=args.only != "decode") as rt:
+    with runtime(args.device_type, in_batches=args.only not in ("decode", "serve")) as rt:
         if rt.world_size > 1:
             raise UserError(f"{rt.world_size} ranks: scripts.bench measures one process; start it without torchrun")
 
@@ -320,40 +328,12 @@ def bench_tokenizer(args: Namespace, rt: "Runtime") -> dict[str, Any]:
 
 
 def bench_decode(args: Namespace, rt: "Runtime") -> dict[str, Any]:
-    """Random weights and no stop token, so that every row has its full length."""
-    import torch
+    """Random weights and no stop token, so that every row has its full length; beside a peer, if it is installed."""
+    from nanochat.evals.decode import DecodeShape, decode_speed
 
-    from nanochat.engine import Engine, Sampling
-    from nanochat.evals.speed import decode_seconds
-    from nanochat.machine import repeated, spread, timed
-    from nanochat.model.gpt import build_model
-
-    longest = max(args.prompt_tokens + args.new_tokens, args.long_prompt_tokens + 1)
-    config = model_config(args, at_least_tokens=longest)
-    model = build_model(config, rt.device, rt.dtype, args.seed)
-    engine, sampling = Engine(model, stop_ids=[]), Sampling(temperature=1.0, top_k=50, seed=args.seed)
-    rng = torch.Generator().manual_seed(args.seed)
-
-    def prompts(count: int, length: int) -> list[list[int]]:
-        return torch.randint(config.vocab_size, (count, length), generator=rng).tolist()
-
-    tokens_per_s = {}
-    for batch in DECODE_BATCHES:
-
-        def seconds_of(batch: int = batch) -> float:
-            return decode_seconds(engine, prompts(batch, args.prompt_tokens), args.new_tokens, sampling)
-
-        seconds = repeated(f"batch {batch}", seconds_of, args.repeats)[1:]
-        tokens_per_s[str(batch)] = spread([batch * (args.new_tokens - 1) / s for s in seconds])
-    long_prompts = iter(prompts(args.repeats + 1, args.long_prompt_tokens))
-    first_s = timed("first token", lambda: list(engine.generate(next(long_prompts), 1)), args.repeats)[1:]
-    return {
-        "tokens_per_s": tokens_per_s,
-        "first_token_s": spread(first_s),
-        "prefill_tokens_per_s": spread([args.long_prompt_tokens / s for s in first_s]),
-        "parameters": sum(model.parameter_counts().values()),
-        "sequence_len": config.sequence_len,
-    }
+    longest = max(args.prompt_tokens + args.new_tokens + max(DECODE_BATCHES), args.long_prompt_tokens + 1)
+    shape = DecodeShape(args.prompt_tokens, args.new_tokens, args.long_prompt_tokens, DECODE_BATCHES)
+    return decode_speed(model_config(args, at_least_tokens=longest), rt, shape, args.repeats, args.seed)
 
 
 # Memory ----------------------------------------------------------------------------------------------------------
@@ -364,6 +344,32 @@ def bench_memory(args: Namespace, rt: "Runtime") -> dict[str, Any]:
     from nanochat.evals.memory import compare
 
     return {"shapes": compare()}
+
+
+# The sandbox -----------------------------------------------------------------------------------------------------
+
+
+def bench_sandbox(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """In turns, so that what else the machine does falls on both."""
+    from nanochat.machine import spread
+    from nanochat.sandbox.overhead import overhead
+
+    figures = {}
+    for language, seconds in overhead(args.repeats).items():
+        added = [sandbox - bare for bare, sandbox in zip(*seconds.values())]
+        figures[language] = {kind: spread(each) for kind, each in seconds.items()} | {"added_s": median(added)}
+    return figures
+
+
+# Serving ---------------------------------------------------------------------------------------------------------
+
+
+def bench_serve(args: Namespace, rt: "Runtime") -> dict[str, Any]:
+    """The server's own times, in front of a model that never stops by itself."""
+    from nanochat.serve.timing import figures
+
+    args.depth = args.depth or 4
+    return figures(args.depth, rt, args.seed, args.repeats)
 
 
 # Time to bits per byte -----------------------------------------------------------------------------------------

@@ -1,25 +1,26 @@
 """Talk to a model on the command line.
 
-    python -m scripts.chat_cli                          # a conversation; quit or Ctrl-D ends it, clear starts anew
+    python -m scripts.chat_cli                          # a conversation; /help tells what can be typed, Ctrl-D leaves
     python -m scripts.chat_cli -p "How many r are in strawberry?"
     python -m scripts.chat_cli --source=base -p "Once upon a time"     # a base model continues the text
 
 When a conversation outgrows the context, its oldest turns are forgotten first, and a note on stderr says so. Ctrl-C
-stops an answer; what was said stays said.
+stops an answer; what was said stays said. docs/chat.md has more.
 """
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nanochat import cli
-from nanochat.common import prepare_process
-from nanochat.serve.limits import MAX_TEMPERATURE, Defaults
+from nanochat.common import UserError, base_dir, prepare_process, printable
+from nanochat.terminal.keyboard import ReadLine, open_editor, read_message
+from nanochat.terminal.settings import SAMPLING, SETTINGS
 
 if TYPE_CHECKING:
-    from nanochat.chat import Message, Part, ReplyReader
-    from nanochat.engine import Engine, Sampling
+    from nanochat.engine import Engine
+    from nanochat.terminal.session import Session
     from nanochat.tokenizer import Tokenizer
 
 
@@ -27,151 +28,111 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = cli.Parser(__doc__)
     cli.add_model_choice_flags(parser, default="sft")
     parser.flag("--prompt", cli.some_text, None, "answer this once and leave", "-p")
-    temperature, known = cli.number_between(0, MAX_TEMPERATURE), Defaults()
-    parser.flag("--temperature", temperature, known.temperature, "0 always takes the likeliest token", "-t")
-    parser.flag("--top-k", cli.non_negative_int, known.top_k, "sample among the k likeliest tokens, 0 among all", "-k")
-    parser.flag("--max-tokens", cli.positive_int, 256, "longest answer in tokens", "-m")
+    for setting in SETTINGS:
+        if setting.name != "seed":  # which all recipes have
+            parser.flag(setting.flag, setting.kind, setting.default, setting.help, *setting.letters)
+    parser.switch("--python-tool", "the model may run Python programs, in the sandbox")
+    cli.add_engine_flags(parser)
     cli.add_device_flags(parser)
+    alone = "--python-tool: a base model calls no tools; leave the flag out, or take another --source"
+    parser.check(lambda args: alone if args.python_tool and args.source == "base" else None)
     return parser.parse(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     prepare_process(args.offline)
-    from nanochat.chat import ReplyReader
     from nanochat.checkpoint import find_checkpoint
-    from nanochat.engine import Engine, Sampling
+    from nanochat.engine import Engine
     from nanochat.parallel import runtime
+    from nanochat.terminal.session import Session
 
+    python = open_python_tool() if args.python_tool else None
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
     if not args.model_tag:
         print(f"model: {checkpoint.folder}", file=sys.stderr)
     tokenizer = checkpoint.tokenizer()
+    settings = {setting.name: getattr(args, setting.name) for setting in SETTINGS}
     with runtime(args.device_type) as rt:
-        model = checkpoint.build_model(rt.device, rt.dtype)
-        engine = Engine(model, stop_ids=[tokenizer.bos, tokenizer.special("<|assistant_end|>")])
-        sampling = Sampling(args.temperature, args.top_k, args.seed)
+        model = checkpoint.build_model(rt.device, rt.dtype).for_decoding(args.int8)
+        stop_ids = [tokenizer.bos, tokenizer.special("<|assistant_end|>")]
+        engine = Engine(model, stop_ids, deterministic=args.deterministic)
         if args.source == "base":
-            continue_text(engine, tokenizer, args, sampling)
-        elif args.prompt:
-            question: Message = {"role": "user", "content": args.prompt}
-            answer(engine, tokenizer, [question], args.max_tokens, sampling, ReplyReader(tokenizer))
-        else:
-            converse(engine, tokenizer, args, sampling)
+            continue_text(engine, tokenizer, args.prompt or "", settings)
+            return
+        session = Session(engine, tokenizer, settings, python)
+        if not args.prompt:
+            start_conversation(session)
+            return
+        session.say(args.prompt)
+        if session.answer().is_stopped:
+            raise KeyboardInterrupt
 
 
-def converse(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling: "Sampling") -> None:
-    """Read, answer, remember, until the user leaves. Every answer draws from a seed of its own."""
-    from dataclasses import replace
+def open_python_tool() -> Callable[[str], str]:
+    """The sandbox as a function from a program to its output. Raises UserError where it does not hold."""
+    from nanochat.python_tool import python_tool
+    from nanochat.sandbox.execute import execute_code
 
-    from nanochat.chat import ReplyReader
+    return python_tool(execute_code)
 
-    print("quit ends the conversation, clear starts a new one; Ctrl-C stops an answer or drops a line, twice it leaves")
-    messages: list[Message] = []
-    dropped = False  # the last line, by Ctrl-C
+
+def start_conversation(session: "Session") -> None:
+    """With line editing and a history where there is a terminal."""
+    from nanochat.terminal.commands import COMMANDS
+
+    if sys.stdin is None:  # closed
+        raise UserError("there is no input to read messages from; ask with -p, or open stdin")
+    editor = open_editor(base_dir() / "chat_history.jsonl", [f"/{name}" for name in COMMANDS])
+    converse(session, remember=editor.remember if editor else lambda message: None)
+
+
+def converse(session: "Session", read_line: ReadLine = input, remember: Callable[[str], None] = lambda _: None) -> None:
+    """Read, answer or obey, until the user leaves."""
+    from nanochat.terminal.commands import QUIT, answer_to, run_command
+    from nanochat.terminal.session import interruptible
+
+    print(f"/help lists what you can type; Ctrl-C stops an answer, twice it leaves; seed {session.settings['seed']}")
+    was_dropped = False  # the last message, by Ctrl-C
     while True:
         try:
-            text = input("\nyou: ").strip()
+            print()
+            message = read_message(read_line)
         except (EOFError, KeyboardInterrupt) as end:
             print()
-            if dropped or isinstance(end, EOFError):
+            if was_dropped or isinstance(end, EOFError):
                 return
-            dropped = True
+            was_dropped = True
             continue
-        dropped = False
-        if text in ("quit", "exit"):
+        was_dropped = False
+        if not message.strip():
+            continue
+        remember(message.rstrip())
+        if message.strip() in QUIT:
             return
-        if text == "clear":
-            messages.clear()
-        elif text:
-            messages.append({"role": "user", "content": text})
-            print("\nassistant: ", end="", flush=True)
-            reply = ReplyReader(tokenizer)
-            own_seed = replace(sampling, seed=sampling.seed + len(messages))
-            try:
-                answer(engine, tokenizer, messages, args.max_tokens, own_seed, reply)
-            except KeyboardInterrupt:
-                print("(stopped)")
-            messages.append({"role": "assistant", "content": reply.parts})
+        try:
+            with interruptible():  # Ctrl-C that comes a little too late for an answer ends nothing
+                run_command(session, message) or answer_to(session, message)
+        except UserError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+        except KeyboardInterrupt:  # pressed again and again
+            print()
 
 
-def answer(
-    engine: "Engine",
-    tokenizer: "Tokenizer",
-    messages: "list[Message]",
-    max_tokens: int,
-    sampling: "Sampling",
-    reply: "ReplyReader",
-) -> None:
-    """Read the assistant's answer into `reply` and print it as it comes, tool calls in brackets."""
-    from nanochat.tools import CalculatorHook
-
-    prompt = fitting_prompt(tokenizer, messages, engine.model.config.sequence_len, max_tokens)
-    show = PartPrinter()
-    try:
-        for token in engine.generate(prompt, max_tokens, sampling, hooks=[CalculatorHook(tokenizer)]):
-            show(reply.push(token.token_id))
-    finally:  # also of an answer that Ctrl-C stops
-        show(reply.flush())
-        show.end()
-
-
-def fitting_prompt(tokenizer: "Tokenizer", messages: "list[Message]", context: int, max_tokens: int) -> list[int]:
-    """The conversation's ids, shortened so that the answer has room: as much as it may want, or half of the context."""
-    from nanochat.chat import prompt_room, render_for_completion
-
-    room = prompt_room(context, max_tokens)
-    prompt = render_for_completion(tokenizer, {"messages": messages}, sys.maxsize)
-    if len(prompt) > room:
-        tell_shortened(len(prompt), room)
-        prompt = render_for_completion(tokenizer, {"messages": messages}, room)
-    return prompt
-
-
-def tell_shortened(num_tokens: int, room: int) -> None:
-    print(f"note: of {num_tokens} tokens only the last {room} or fewer fit; the beginning is left out", file=sys.stderr)
-
-
-class PartPrinter:
-    """Prints message parts as they grow: text as it is (but no escape sequences), tool calls as [37*24] [= 888]."""
-
-    def __init__(self) -> None:
-        from nanochat.chat import terminal_text
-
-        self._shown = terminal_text
-        self._kind = "text"
-        self._openings = {"text": "", "python": "[", "python_output": "[= "}
-
-    def __call__(self, parts: "list[Part]") -> None:
-        for part in parts:
-            if part["type"] != self._kind:
-                self._close()
-                self._kind = part["type"]
-                print(self._openings[self._kind], end="")
-            print(self._shown(part["text"]), end="", flush=True)
-
-    def end(self) -> None:
-        self._close()
-        print(flush=True)
-
-    def _close(self) -> None:
-        if self._kind != "text":
-            print("] ", end="")
-        self._kind = "text"
-
-
-def continue_text(engine: "Engine", tokenizer: "Tokenizer", args: Namespace, sampling: "Sampling") -> None:
-    """Print --prompt (or nothing) and what a base model writes after it; of a long prompt it reads the end."""
+def continue_text(engine: "Engine", tokenizer: "Tokenizer", text: str, settings: dict[str, Any]) -> None:
+    """Print a text and what a base model writes after it; of a long one it reads the end."""
     from nanochat.chat import TextStream, prompt_room, terminal_text
+    from nanochat.engine import Sampling
 
-    room = prompt_room(engine.model.config.sequence_len, args.max_tokens, shortest=1)
-    prompt = tokenizer.encode(args.prompt or "", prepend=tokenizer.bos)
+    room = prompt_room(engine.model.config.sequence_len, settings["max_tokens"], shortest=1)
+    prompt = tokenizer.encode(text, prepend=tokenizer.bos)
     if len(prompt) > room:
-        tell_shortened(len(prompt), room)
+        print(f"note: of {len(prompt)} tokens the model sees only the last {room}", file=sys.stderr)
         prompt = [tokenizer.bos, *prompt[len(prompt) - (room - 1) :]]
+    sampling = Sampling(seed=settings["seed"], **{name: settings[name] for name in SAMPLING})
     stream = TextStream(tokenizer)
-    print(args.prompt or "", end="", flush=True)
-    for token in engine.generate(prompt, args.max_tokens, sampling):
+    print(text, end="", flush=True)
+    for token in engine.generate(prompt, settings["max_tokens"], sampling):
         print(terminal_text(stream.push(token.token_id)), end="", flush=True)
     print(stream.flush(), flush=True)
 

@@ -43,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.flag("--split", cli.one_of("test", "val"), "test", "side whose questions are asked")
     parser.flag("--max-new-tokens", cli.positive_int, 64, "longest answer", "-m")
     parser.flag("--batch-size", cli.positive_int, 64, "questions decoded side by side", "-b")
+    cli.add_engine_flags(parser)
     cli.add_device_flags(parser)
     return parser.parse(argv)
 
@@ -63,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.source, args.model_tag, args.step)
     tokenizer = checkpoint.tokenizer()
     with runtime(args.device_type) as rt, record_stage("chat_eval") as record:
-        model = checkpoint.build_model(rt.device, rt.dtype)
-        engine = Engine(model, stop_ids=[tokenizer.bos, tokenizer.special("<|assistant_end|>")])
+        model = checkpoint.build_model(rt.device, rt.dtype).for_decoding(args.int8)
+        stop_ids = [tokenizer.bos, tokenizer.special("<|assistant_end|>")]
+        engine = Engine(model, stop_ids, args.batch_size, prefix_cache_bytes=0, deterministic=args.deterministic)
         results: dict[str, object] = {}
         samples: list[dict[str, object]] = []
         for name in names:

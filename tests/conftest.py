@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from browsing import Page
     from hub_server import Server
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -123,3 +124,26 @@ def server(shards: Path) -> "Iterator[Server]":
 
     with Server(shards) as running:
         yield running
+
+
+# A browser and what it visits ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[object]":
+    """Chromium; the test is skipped where there is none."""
+    from browsing import running_browser
+
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: object, request: pytest.FixtureRequest) -> "Iterator[Page]":
+    """A fresh visitor of the module's server (its fixture `url`) whose console has nothing to complain about."""
+    from browsing import Page
+
+    page = Page(browser, request.getfixturevalue("url"), **getattr(request, "param", {}))
+    yield page
+    page.context.close()
+    assert page.complaints == []

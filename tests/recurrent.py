@@ -1,6 +1,6 @@
 """A tiny recurrent mixer, letter R in tests: proof that nothing in the library assumes attention."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -11,15 +11,14 @@ from nanochat.model.mixer import LayerContext, LayerCost, Mixer
 from nanochat.model.state import LayerState
 
 
+@dataclass
 class RecurrentState(LayerState):
-    def __init__(self, memory: Tensor) -> None:
-        self.memory = memory  # (B, C)
+    """What it remembers of a text's beginning is gone, so it cannot be cut."""
 
-    def select(self, rows: Tensor) -> "RecurrentState":
-        return RecurrentState(self.memory[rows])
+    memory: Tensor  # (B, C)
 
-    def join(self, others: "Sequence[RecurrentState]") -> "RecurrentState":
-        return RecurrentState(torch.cat([self.memory, *(other.memory for other in others)]))
+    def cut(self, row: int, length: int) -> None:
+        raise AssertionError("cannot go back")
 
 
 class TinyRecurrent(Mixer):
@@ -40,10 +39,12 @@ class TinyRecurrent(Mixer):
             memory = decay * memory * keeps[:, t, None] + update
             seen.append(memory)
         if isinstance(state, RecurrentState):
-            state.memory = memory
+            state.memory.copy_(memory)
         return self.c_proj(torch.stack(seen, dim=1))
 
-    def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> RecurrentState:
+    def new_state(
+        self, batch: int, max_len: int, max_chunk: int, device: torch.device, dtype: torch.dtype
+    ) -> RecurrentState:
         return RecurrentState(torch.zeros(batch, self.channels, device=device, dtype=dtype))
 
     def init_weights(self, rng: Generator) -> None:

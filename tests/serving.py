@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from nanochat.engine import Engine
 from nanochat.model.gpt import build_model
 from nanochat.serve.app import create_server
 from nanochat.serve.limits import Defaults
+from nanochat.serve.routes import House
 from nanochat.serve.workers import Workers
 from nanochat.tokenizer import Tokenizer
 
@@ -84,14 +85,30 @@ def _row(tokenizer: Tokenizer, questions: list[str], length: int) -> tuple[torch
     return torch.tensor(ids[:-1] + [0] * padding), torch.tensor(targets + [-1] * padding)
 
 
+def new_engine(together: bool = False, max_rows: int = 1) -> Engine:
+    """Another engine around the trained model."""
+    engine, _ = trained(together)
+    return Engine(engine.model, list(engine.stop_ids), max_rows=max_rows)
+
+
 @contextmanager
-def running_server(max_waiting: int = 16, together: bool = False, **settings: Any) -> Iterator[str]:
-    """The base address of a server around the trained model; settings are create_server's. Greedy by default."""
+def running_server(
+    max_waiting: int = 16,
+    together: bool = False,
+    max_rows: int = 1,
+    names: Sequence[str] = ("nanochat",),
+    drain_s: float = 0.0,
+    **settings: Any,
+) -> Iterator[str]:
+    """The base address of a server around the trained model, once under each of `names`; settings are House's.
+
+    Greedy by default, and one answer at a time, so that a test can fill it.
+    """
     for extra in ("starlette", "uvicorn"):
         pytest.importorskip(extra, reason="the server's extra is missing: bash runs/setup.sh dev")
-    engine, tokenizer = trained(together=together)
-    workers = Workers([engine], tokenizer, max_waiting)
-    server = create_server(workers, **{"defaults": Defaults(temperature=0.0), "drain_s": 0.0, **settings})
+    _, tokenizer = trained(together=together)
+    models = [Workers([new_engine(together, max_rows)], tokenizer, name, max_waiting) for name in names]
+    server = create_server(House(models, **{"defaults": Defaults(temperature=0.0), **settings}), drain_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -102,7 +119,7 @@ def running_server(max_waiting: int = 16, together: bool = False, **settings: An
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(20)
     assert not thread.is_alive(), "the server did not stop"
 
 
@@ -148,7 +165,8 @@ def events_of(text: str) -> list[Any]:
 def parts_of(events: list[Any]) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
     for event in events:
-        for piece in (choice["nanochat"] for choice in event["choices"] if "nanochat" in choice):
+        pieces = [choice["nanochat"] for choice in event["choices"] if "nanochat" in choice]
+        for piece in (piece for piece in pieces if "text" in piece):
             if piece["index"] == len(parts):
                 parts.append({"type": piece["type"], "text": ""})
             parts[piece["index"]]["text"] += piece["text"]

@@ -1,28 +1,20 @@
 """What a user can get wrong: one clear line for each mistake, exit code 2, and nothing written or lost.
 
-Data files, checkpoints and the training recipe have their own such tests beside them; here are the process that runs a
-recipe (`common.run`), command lines, scripts, and the conversation on the terminal.
+Data files, checkpoints, the training recipe and the conversation on the terminal have their own such tests beside them;
+here are the process that runs a recipe (`common.run`), command lines and scripts.
 """
 
 import os
 import subprocess
 import sys
-from argparse import Namespace
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanochat.common import UserError
-from nanochat.config import ModelConfig
-from nanochat.engine import Engine, Sampling, Token
-from nanochat.model.gpt import build_model
-from nanochat.tokenizer import Tokenizer
-from scripts import base_train, chat_cli, tok_train
+from scripts import base_train, tok_train
 
 REPO = Path(__file__).resolve().parents[1]
-TOKENIZER = Tokenizer.train(["Who are you? I am a test. How many r are in strawberry?"], 280)
 
 RECIPE = '''
 """A recipe for tests, 100% small.
@@ -257,103 +249,3 @@ def test_no_line_of_a_script_is_longer_than_the_style_allows() -> None:
         if len(line) > 120
     ]
     assert long == []
-
-
-# On the terminal -------------------------------------------------------------------------------------------------
-
-
-class StoppedEngine(Engine):
-    """An engine whose user presses Ctrl-C after `stops_after` tokens of the first answer; keeps the prompts it gets."""
-
-    def __init__(self, context: int, stops_after: int | None = None) -> None:
-        config = ModelConfig(context, TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=16)
-        super().__init__(build_model(config, torch.device("cpu"), torch.float32, seed=1), stop_ids=[])
-        self.stops_after = stops_after
-        self.prompts: list[list[int]] = []
-
-    def generate(self, prompt: list[int], max_tokens: int, *args: object, **options: object) -> Iterator[Token]:
-        self.prompts.append(prompt)
-        for number, token in enumerate(super().generate(prompt, max_tokens, *args, **options)):
-            if len(self.prompts) == 1 and number == self.stops_after:
-                raise KeyboardInterrupt
-            yield token
-
-
-CTRL_C = KeyboardInterrupt()
-
-
-def converse(engine: Engine, typed: Iterable[object], monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Hold a conversation in which these lines are typed; returns those that were not read."""
-    left = list(typed)
-
-    def read(prompt: str) -> object:
-        if isinstance(left[0], KeyboardInterrupt):
-            raise left.pop(0)
-        return left.pop(0)
-
-    monkeypatch.setattr("builtins.input", read)
-    chat_cli.converse(engine, TOKENIZER, Namespace(max_tokens=8), Sampling(seed=2))
-    return left
-
-
-def test_ctrl_c_stops_an_answer_keeps_what_was_said_and_prompts_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine = StoppedEngine(context=128, stops_after=3)
-    assert converse(engine, ["Who are you?", "I am a test.", "quit"], monkeypatch) == []
-    printed = capsys.readouterr().out
-    first, second = printed.split("assistant: ")[1:]
-    said = first.split("\n(stopped)\n")[0]
-    assert "Ctrl-C" in printed.splitlines()[0] and "(stopped)" not in second
-    earlier = TOKENIZER.decode(engine.prompts[1])
-    assert earlier == (
-        f"<|bos|><|user_start|>Who are you?<|user_end|><|assistant_start|>{said}<|assistant_end|>"
-        "<|user_start|>I am a test.<|user_end|><|assistant_start|>"
-    )
-    assert said
-
-
-def test_ctrl_c_at_the_prompt_drops_the_line_and_twice_in_a_row_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = StoppedEngine(context=128)
-    assert converse(engine, [CTRL_C, "Who are you?", CTRL_C, "", CTRL_C, CTRL_C, "never read"], monkeypatch) == [
-        "never read"
-    ]
-    assert len(engine.prompts) == 1
-
-
-def test_a_stop_of_the_only_answer_ends_the_line_and_the_process(capsys: pytest.CaptureFixture[str]) -> None:
-    from nanochat.chat import ReplyReader
-
-    question = [{"role": "user", "content": "Who?"}]
-    with pytest.raises(KeyboardInterrupt):
-        chat_cli.answer(StoppedEngine(64, 3), TOKENIZER, question, 8, Sampling(seed=2), ReplyReader(TOKENIZER))
-    assert capsys.readouterr().out.endswith("\n")
-
-
-@pytest.mark.parametrize("context", [5, 6, 16, 64])
-def test_a_prompt_that_had_to_be_shortened_is_answered_with_one_note(
-    context: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from nanochat.chat import ReplyReader
-
-    engine = StoppedEngine(context)
-    for text, notes in (("far too long " * 50, 1), ("", 0)):
-        question = [{"role": "user", "content": text}]
-        chat_cli.answer(engine, TOKENIZER, question, 8, Sampling(seed=2), ReplyReader(TOKENIZER))
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == notes and all(line.startswith("note: ") for line in told)
-    assert len(engine.prompts[0]) < context
-
-
-@pytest.mark.parametrize("context", [2, 3, 4])
-def test_a_context_too_short_to_chat_is_told_and_a_text_is_continued_in_it(
-    context: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine = StoppedEngine(context)
-    with pytest.raises(UserError, match=rf"context of {context} tokens is too short to chat"):
-        chat_cli.fitting_prompt(TOKENIZER, [{"role": "user", "content": "a"}], context, max_tokens=8)
-    for prompt, notes in (("Who are you? " * 9, 1), (None, 0)):
-        chat_cli.continue_text(engine, TOKENIZER, Namespace(prompt=prompt, max_tokens=8), Sampling(seed=2))
-        told = capsys.readouterr()
-        assert len(told.err.splitlines()) == notes and told.out.startswith(prompt or "")
-        assert engine.prompts[-1][0] == TOKENIZER.bos and len(engine.prompts[-1]) < context

@@ -74,6 +74,13 @@ def test_training_speed_agrees_with_itself(capsys: pytest.CaptureFixture[str]) -
     assert figures["matmul_peak_share"]["max"] < 1
 
 
+def test_a_server_is_timed_idle_nearly_full_and_full(capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured(capsys, "serve", "--depth=2", "--repeats=2")
+    figures, kinds = result["figures"], {"first_token_idle_s", "abort_idle_s", "first_token_busy_s", "abort_busy_s"}
+    assert result["flags"]["depth"] == 2 and figures.keys() == kinds | {"refusal_s"}
+    assert 0 < figures["refusal_s"]["p50"] <= figures["refusal_s"]["p99"] <= figures["refusal_s"]["max"]
+
+
 BUDGET_S = 6.0  # start-up included
 LOADER = [*TINY, "--device-batch-size=2", "--repeats=2"]
 
@@ -146,6 +153,8 @@ def test_decoding_is_measured_at_three_batch_sizes(capsys: pytest.CaptureFixture
     assert figures["sequence_len"] == 81  # the context grows with the long prompt
     first = figures["first_token_s"]
     assert figures["prefill_tokens_per_s"]["max"] == pytest.approx(80 / first["min"])
+    assert figures["weight_bytes_per_token"]["ours"] >= 4 * (2 * 12 * 32**2 + 32 * 320)  # matrices and head
+    assert figures["memory_bound_frac"]["ours"]["median"] > 0
 
 
 def test_time_to_bpb_trains_every_seed_in_a_folder_of_its_own(
@@ -180,7 +189,7 @@ def test_a_recipe_that_fails_ends_the_measurement(tmp_path: Path) -> None:
     ("flags", "told"),
     [
         (["--only=core"], "--only=core: choose one of train"),
-        (["--only=serve"], "--only=serve: choose one of train"),
+        (["--only=serve", "--vocab-size=512"], "--vocab-size: --only=serve does not use it"),
         (["--only=disk"], "--only=disk: choose one of train"),
         ([], "--only: needed; choose one of train"),
         (["--only=train", "--budget=3"], "--budget: --only=train does not use it"),

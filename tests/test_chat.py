@@ -25,7 +25,6 @@ from nanochat.engine import Engine
 from nanochat.evals.chat import answer_all
 from nanochat.model.gpt import build_model
 from nanochat.tokenizer import Tokenizer
-from scripts.chat_cli import PartPrinter
 
 TEXT = "what is the weather like, and what is 12 + 34? the answer is 46. zażółć 안녕 👩‍👩‍👧"
 TOKENIZER = Tokenizer.train([TEXT], 310)
@@ -314,13 +313,6 @@ def test_text_on_a_terminal_keeps_its_characters_and_loses_its_power() -> None:
 def test_nothing_but_lines_and_tabs_controls_a_terminal(text: str) -> None:
     shown = terminal_text(text)
     assert {c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} <= set("\n\t")
-
-
-def test_the_chat_on_a_terminal_shows_a_models_escape_sequences_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    show = PartPrinter()
-    show([{"type": "text", "text": "a\x1b[2J\n"}, {"type": "python", "text": "1\r"}])
-    show.end()
-    assert capsys.readouterr().out == "a\\x1b[2J\n[1\\r] \n"
 
 
 def test_shown_tokens_are_green_where_supervised_and_red_elsewhere() -> None:

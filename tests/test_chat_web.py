@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import CHAT, JSON, LONG, ROOT, asking, connect, fetch, running_server, trained
+from serving import CHAT, JSON, LONG, ROOT, SUM, asking, connect, fetch, running_server, trained
 
 from nanochat.checkpoint import run_folder, write_checkpoint
 from nanochat.common import UserError
-from nanochat.serve.guard import is_loopback
+from nanochat.serve.access import Access, is_loopback, read_keys
+from nanochat.serve.conversations import ConversationLog
+from nanochat.serve.guard import is_open
+from nanochat.serve.routes import House, routes_of
 from scripts import chat_web
 
 
@@ -74,10 +77,10 @@ def test_a_foreign_name_that_leads_here_is_refused(server: str) -> None:
 
 
 def test_the_name_that_the_server_was_told_to_listen_on_is_its_own_and_no_other_is() -> None:
-    with running_server(names=["My.Machine"]) as url:
+    with running_server(access=Access(names=["My.Machine"])) as url:
         assert fetch(url, "/health", headers={"Host": "my.machine:8000"}).status == 200
         assert fetch(url, "/health", headers={"Host": "evil.example"}).status == 421
-    with running_server(names=["0.0.0.0"]) as url:
+    with running_server(access=Access(names=["0.0.0.0"])) as url:
         assert fetch(url, "/health", headers={"Host": "evil.example"}).status == 421
 
 
@@ -100,6 +103,93 @@ def test_a_foreign_page_gets_no_permission(server: str) -> None:
     assert preflight.status == 405 and not [name for name in preflight.headers if name.startswith("Access-Control")]
 
 
+FRIEND = "https://friend.example"
+
+
+def test_a_page_that_was_named_may_read_answers_and_no_other() -> None:
+    with running_server(access=Access(origins=[FRIEND], keys=[KEY])) as url:
+        for origin in (FRIEND, "https://evil.example", "null", f"{FRIEND}:8080", f"{FRIEND}.evil.example"):
+            ask_first = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            preflight = fetch(url, CHAT, headers={"Origin": origin, **ask_first}, method="OPTIONS")
+            reply = fetch(url, CHAT, asking("hi"), headers={**JSON, "Origin": origin, "Authorization": f"Bearer {KEY}"})
+            assert reply.status == 200
+            for told in (preflight, reply):
+                assert told.headers["Access-Control-Allow-Origin"] == (origin if origin == FRIEND else None)
+                assert "Access-Control-Allow-Credentials" not in told.headers
+            assert preflight.status == (204 if origin == FRIEND else 401)
+            assert preflight.headers["Access-Control-Allow-Headers"] == ("authorization" if origin == FRIEND else None)
+
+
+# Keys -------------------------------------------------------------------------------------------------------------
+
+KEY = "sixteen-characters-or-more"
+PATHS = ["/stats", "/metrics", "/v1/models", "/v1/models/nanochat", "/tokenizer_info", "/nothing", "//health", "/uix"]
+PATHS += ["/health/", "/docs", "/ui"]
+
+
+def test_with_keys_every_path_needs_one_but_the_page_and_the_health_check() -> None:
+    with running_server(access=Access(keys=["another-key-of-some-length", KEY])) as url:
+        for path in ("/", "/ui/main.js", "/health"):
+            assert fetch(url, path).status == 200
+        for path in PATHS:
+            refused = fetch(url, path)
+            assert refused.status == 401 and refused.json["error"]["code"] == "invalid_api_key", path
+            assert refused.headers["WWW-Authenticate"] == "Bearer"
+        for path in (CHAT, "/v1/completions", "/chat/completions", "/tokenize", "/detokenize", "/highlight"):
+            assert fetch(url, path, asking("hi")).status == 401, path
+        assert fetch(url, "/stats", headers={"Authorization": f"bearer {KEY}"}).json["tokens"] == 0
+        wrong = ["", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", KEY, "Bearer", "Bearer \xe9"]
+        for given in wrong:
+            assert fetch(url, "/stats", headers={"Authorization": given.encode("latin-1")}).status == 401, given
+
+
+def test_every_route_that_the_server_has_is_closed_or_listed(server: str) -> None:
+    closed = {"/stats", "/metrics", "/v1/models", "/v1/models/{name:path}", CHAT, "/v1/completions", "/highlight"}
+    closed |= {"/tokenizer_info", "/tokenize", "/detokenize", "/chat/completions"}
+    house = House([])
+    paths = {getattr(route, "path", "") for route in routes_of(house)}
+    assert {path for path in paths if not is_open(path if path != "/ui" else "/ui/")} == closed
+    assert paths - closed == {"/", "/health", "/ui"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("", "holds no key"), ("# only a remark\n\n", "holds no key"), ("short\n", "line 1: a key has at least 16"),
+     (f"{KEY}\nwith a blank inside it\n", "line 2"), (f"{KEY}ü", "visible ASCII")],
+)  # fmt: skip
+def test_a_file_of_keys_that_is_none_is_told(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        read_keys(file)
+    file.write_text(f"# mine\n{KEY}\n\n  {KEY}2  \n", encoding="utf-8")
+    assert read_keys(file) == [KEY, f"{KEY}2"]
+    with pytest.raises(UserError, match="cannot be read"):
+        read_keys(tmp_path / "missing")
+
+
+# Conversations ------------------------------------------------------------------------------------------------------
+
+
+def test_conversations_are_written_down_only_where_asked_for_and_for_the_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = ConversationLog(path)
+    with running_server(log=log) as url:
+        fetch(url, CHAT, asking("What is 37*24?"))
+        assert fetch(url, CHAT, asking("Who are you?", stream=True, max_tokens=3)).text.endswith("[DONE]\n\n")
+        fetch(url, "/v1/completions", {"prompt": "line\nbreak", "max_tokens": 2})
+        fetch(url, CHAT, asking("hi", temperature=9))
+    log.close()
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [entry["model"] for entry in entries] == ["nanochat"] * 3
+    assert entries[0]["asked"] == asking("What is 37*24?")["messages"]
+    assert entries[0]["answers"] == [{"parts": SUM, "finish_reason": "stop"}]
+    assert entries[1]["answers"][0]["finish_reason"] == "length" and entries[2]["asked"] == ["line\nbreak"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UserError, match="--log-conversations="):
+        ConversationLog(tmp_path / "no" / "folder")
+
+
 # The recipe ---------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +206,7 @@ def saved_model(base_dir: Path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_recipe_serves_and_stops_gracefully(saved_model: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "-t", "0", "--device-type=cpu"]
+    command += ["--drain=0.2", "--model-tag=d2,d2@3"]
     environment = {**os.environ, "NANOCHAT_BASE_DIR": str(saved_model)}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -127,7 +218,8 @@ def test_the_recipe_serves_and_stops_gracefully(saved_model: Path, number: signa
                 assert line, process.stderr.read()
                 printed.append(line)
             url = line[line.index("http://") :].split("/  ")[0]
-            assert "sft-d2, step 3" in "".join(printed)
+            assert "sft-d2: step 3" in "".join(printed) and "warning" not in "".join(printed)
+            assert [model["id"] for model in fetch(url, "/v1/models").json["data"]] == ["sft-d2", "sft-d2@3"]
             assert fetch(url, CHAT, asking("What is 37*24?")).json["choices"][0]["message"]["content"].endswith("888.")
             long = connect(url)
             long.request("POST", CHAT, json.dumps({**LONG, "stream": True}), JSON)
@@ -168,6 +260,42 @@ def test_a_missing_extra_is_told_with_the_command_that_installs_it(
     monkeypatch.setattr(chat_web, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs starlette and uvicorn: bash runs/setup.sh serve"):
         chat_web.main(["--port=0"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--cors-origin=*"], r"--cors-origin=\*: must be scheme and host"),
+        (["--cors-origin=https://a.example/path"], "without a path"),
+        (["--model-tag=d4,d4"], "--model-tag=d4,d4: the same model twice"),
+        (["--model-tag=d4,"], "a name is missing"),
+        (["--model-tag=d4@x"], "--model-tag=d4@x"),
+        (["--model-tag=d4@5", "--step=6"], "--step: give it behind each tag"),
+        (["--context=forget"], "--context=forget"),
+        (["--max-rows=0", "--max-waiting=-1"], "--max-rows=0.*\n--max-waiting=-1"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_told(flags: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        chat_web.parse_args(flags)
+
+
+def test_who_can_reach_a_server_that_listens_elsewhere_is_said(saved_model: Path) -> None:
+    keys = saved_model / "keys"
+    keys.write_text(KEY)
+    for flags, told in (([], "for there are no keys"), ([f"--api-key-file={keys}"], "who have a key")):
+        command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--host=0.0.0.0", "--device-type=cpu", *flags]
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(saved_model)}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            try:
+                lines = []
+                while "http://" not in (line := process.stdout.readline()):
+                    assert line
+                    lines.append(line)
+                assert told in "".join(lines)
+            finally:
+                process.kill()
 
 
 @pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://localhost:")])

@@ -77,7 +77,7 @@ def test_a_package_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 def test_what_the_project_asks_for_is_read_from_its_own_file() -> None:
     assert requirements().keys() >= {"torch", "numpy", "huggingface_hub"} and ">=" in requirements()["torch"]
-    assert extra_packages()["serve"] == ["starlette", "uvicorn"] and "dev" not in extra_packages()
+    assert extra_packages()["serve"] == ["pygments", "starlette", "uvicorn"] and "dev" not in extra_packages()
 
 
 def test_every_attention_kernel_is_tried_and_refused_with_a_reason(whole: Visit) -> None:

@@ -2,27 +2,16 @@
 
 import pytest
 import torch
+from engines import GREEDY, PATTERNS, noisy_model
 
 from nanochat.common import UserError
-from nanochat.config import ModelConfig
 from nanochat.engine import PREFILL_CHUNK, Engine, Sampling, Token, uniform
-from nanochat.model.gpt import GPT, build_model
-
-GREEDY = Sampling(temperature=0.0)
-PATTERNS = ["A", "R", "AR"]
+from nanochat.model.gpt import GPT
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, recurrent: str) -> GPT:
-    pattern = getattr(request, "param", "A")
-    config = ModelConfig(700, 97, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, layer_pattern=pattern)
-    model = build_model(config, torch.device("cpu"), torch.float32)
-    rng = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-        model.lm_head.weight.mul_(5)  # decided enough that no rounding flips a choice
-    return model
+    return noisy_model(getattr(request, "param", "A"))
 
 
 def rows_of(tokens: list[Token], num_rows: int) -> list[list[int]]:
@@ -86,7 +75,7 @@ def test_every_position_has_a_draw_of_its_own(model: GPT) -> None:
 
 def test_sampling_follows_the_models_distribution(model: GPT) -> None:
     engine, draws = Engine(model, stop_ids=[]), 4000
-    ids = [token.token_id for token in engine.generate([5, 6], 1, Sampling(1.3, 0, 9), num_samples=draws)]
+    ids = [token.token_id for token in engine.generate([5, 6], 1, Sampling(1.3, seed=9), num_samples=draws)]
     with torch.no_grad():
         expected = (model(torch.tensor([[5, 6]]))[0, -1] / 1.3).softmax(-1)
     counts = torch.bincount(torch.tensor(ids), minlength=97) / draws
@@ -120,10 +109,10 @@ def test_a_prompt_that_cannot_be_continued_is_refused_in_words(model: GPT, promp
 
 def test_a_stop_test_ends_a_long_prompt_between_its_chunks_and_an_answer_between_its_tokens(model: GPT) -> None:
     engine, prompt = Engine(model, []), [5] * (PREFILL_CHUNK + 1)
-    answers = iter([False, True, True])
-    assert list(engine.generate(prompt, 5, should_stop=lambda: next(answers))) == []
-    answers = iter([True, True])  # asked once more before the first token, not before a second chunk
-    assert list(engine.generate(prompt, 5, should_stop=lambda: next(answers))) == []
+    for num_asked in range(4):  # before and after a chunk, before and after the next one
+        answers = iter([False] * num_asked + [True])
+        assert list(engine.generate(prompt, 5, should_stop=lambda answers=answers: next(answers))) == []
+        assert not engine.has_work
     said: list[Token] = []
     for token in engine.generate([5], 50, GREEDY, num_samples=2, should_stop=lambda: len(said) >= 6):
         said.append(token)

@@ -39,9 +39,21 @@ FLOORS = (
         "tokenizer",
         "scaling",
     ),
-    ("train", "engine", "tools", "sandbox", "checkpoint", "ancestor", "hub", "download", "forecast", "planning"),
+    (
+        "train",
+        "engine",
+        "tools",
+        "python_tool",
+        "sandbox",
+        "checkpoint",
+        "ancestor",
+        "hub",
+        "download",
+        "forecast",
+        "planning",
+    ),
     ("evals", "serve", "tasks", "report", "inventory", "chaos", "costs"),
-    ("doctor",),
+    ("doctor", "terminal"),
     ("scripts",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -103,7 +115,11 @@ WITHOUT_TORCH = (
     "forecast",
     "planning",
     "tools",
+    "python_tool",
     "abilities",
+    "sandbox.execute",
+    "serve.access",
+    "serve.limits",
 )
 
 

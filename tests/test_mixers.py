@@ -14,6 +14,7 @@ from nanochat.model.gpt import GPT, build_model, flops_per_token, predict_parame
 from nanochat.model.layers import ACTIVATIONS, shifted
 from nanochat.model.mixer import LayerContext, Mixer
 from nanochat.model.residual import RESIDUALS
+from nanochat.model.state import KVState
 
 pytestmark = pytest.mark.usefixtures("recurrent")
 PATTERNS = ["A", "R", "AR"]
@@ -64,14 +65,50 @@ def test_chunked_prefill_equals_whole_prefill(pattern: str, borders: list[int]) 
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("chunk", [1, 7, 20])
+@torch.no_grad()
+def test_windows_remember_little_more_than_they_show_and_read_the_same(pattern: str, chunk: int) -> None:
+    config = small_config(pattern, sequence_len=400)  # windows of 128, 128, 128 and 400
+    model, ids = noisy_model(config), random_ids(2, 400)
+    whole, state = model(ids), model.new_state(2, 400, max_chunk=chunk)
+    logits = [model.all_logits(ids[:, start : start + chunk], state) for start in range(0, 400, chunk)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=EXACT, rtol=0)
+    slots = [layer.num_slots for layer in state.layers if isinstance(layer, KVState)]
+    assert set(slots[:-1]) <= {128 + chunk} and (pattern != "A" or slots[-1] == 400)
+
+
+@torch.no_grad()
+def test_a_text_can_be_cut_as_far_back_as_its_windows_reach_and_not_further() -> None:
+    model, ids, other = noisy_model(small_config("A", sequence_len=400)), random_ids(1, 400), random_ids(1, 30, seed=1)
+    for length in (30, 140, 148, 149, 300, 400):
+        state = model.new_state(1, 400, max_chunk=20)
+        for start in range(0, length, 20):
+            model.next_logits(ids[:, start : min(start + 20, length)], state)
+        shortest = state.shortest(length)
+        assert shortest == (0 if length <= 148 else length - 20)
+        for cut in {max(1, shortest), (max(1, shortest) + length) // 2, length - 1}:
+            row = model.new_state(1, 400, max_chunk=20)
+            row.load(0, state.save(0, length))
+            row.cut(0, cut, int(ids[0, cut - 1]))
+            row.past = length
+            more = other[:, : min(20, 400 - cut)]
+            logits = model.all_logits(more, row)
+            whole = model(torch.cat([ids[:, :cut], more], dim=1))[:, cut:]
+            torch.testing.assert_close(logits, whole, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
 def test_forks_are_independent_of_each_other_and_of_their_origin(pattern: str) -> None:
     model, prompt = noisy_model(small_config(pattern)), random_ids(1, 40)
-    state = model.new_state(1, 60)
-    model.next_logits(prompt, state)
-    forks, continuations = state.fork(3), random_ids(3, 10, seed=1)
+    state = model.new_state(4, 60)
+    origin, continuations = state.rows(0, 1, 0), random_ids(3, 10, seed=1)
+    model.next_logits(prompt, origin)
+    for row in (1, 2, 3):
+        state.load(row, state.row(0, 40))
+    forks = state.rows(1, 4, 40)
     forked = [model.next_logits(continuations[:, t : t + 1], forks) for t in range(10)]
-    alone = [model.next_logits(continuations[:1, t : t + 1], state) for t in range(10)]  # the origin, afterwards
+    alone = [model.next_logits(continuations[:1, t : t + 1], origin) for t in range(10)]  # the origin, afterwards
     whole = model(torch.cat([prompt.expand(3, -1), continuations], dim=1))[:, 40:]
     torch.testing.assert_close(torch.stack(forked, 1), whole, atol=EXACT, rtol=0)
     torch.testing.assert_close(torch.stack(alone, 1), whole[:1], atol=EXACT, rtol=0)
@@ -83,8 +120,26 @@ def test_rows_that_leave_the_batch_do_not_disturb_the_rest(pattern: str) -> None
     model, ids = noisy_model(small_config(pattern)), random_ids(3, 30)
     state = model.new_state(3, 30)
     model.next_logits(ids[:, :20], state)
-    rest = model.next_logits(ids[[2, 0], 20:], state.select(torch.tensor([2, 0])))
-    torch.testing.assert_close(rest, model(ids[[2, 0]])[:, -1], atol=EXACT, rtol=0)
+    state.load(1, state.row(2, 20))  # the last row takes the place of one that is done
+    rest = model.next_logits(ids[[0, 2], 20:], state.rows(0, 2, 20))
+    torch.testing.assert_close(rest, model(ids[[0, 2]])[:, -1], atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_a_row_that_starts_anew_knows_nothing_of_the_text_before(pattern: str) -> None:
+    model, ids = noisy_model(small_config(pattern)), random_ids(2, 150)
+    state = model.new_state(2, 200)
+    model.next_logits(ids, state)
+    state.start(1)
+    for layer in state.layers:
+        assert isinstance(layer, KVState) or all(not tensor[1].any() for tensor in layer.tensors().values())
+    anew = random_ids(1, 20, seed=5)
+    first = state.rows(1, 2, 0)
+    model.next_logits(anew[:, :19], first)
+    state.load(0, state.row(1, 19))
+    both = model.next_logits(anew[:, 19:].expand(2, -1), state.rows(0, 2, 150))  # as if a long row were beside it
+    torch.testing.assert_close(both, model(anew)[:, -1].expand(2, -1), atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -92,10 +147,10 @@ def test_rows_that_leave_the_batch_do_not_disturb_the_rest(pattern: str) -> None
 def test_prompts_of_different_lengths_decode_side_by_side_as_each_alone(pattern: str) -> None:
     model, lengths = noisy_model(small_config(pattern)), (3, 150, 40)
     prompts = [random_ids(1, length, seed=length) for length in lengths]
-    states = [model.new_state(1, length + 10) for length in lengths]
-    for prompt, state in zip(prompts, states):
-        model.next_logits(prompt, state)
-    together, continuations = states[0].join(states[1:]), random_ids(3, 10, seed=1)
+    state, continuations = model.new_state(3, 160), random_ids(3, 10, seed=1)
+    for row, prompt in enumerate(prompts):
+        model.next_logits(prompt, state.rows(row, row + 1, 0))
+    together = state.rows(0, 3, 150)
     logits = torch.stack([model.next_logits(continuations[:, t : t + 1], together) for t in range(10)], 1)
     for row, prompt in enumerate(prompts):
         whole = model(torch.cat([prompt, continuations[row : row + 1]], dim=1))[:, prompt.size(1) :]

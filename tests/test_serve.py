@@ -14,6 +14,7 @@ from serving import (
     CHAT,
     HOSTILE,
     LEARNED,
+    ROOT,
     SUM,
     UNICODE,
     asking,
@@ -24,9 +25,9 @@ from serving import (
     stats,
 )
 
-from nanochat.serve import limits
-from nanochat.serve.limits import Defaults
-from nanochat.serve.requests import RequestError, parse_chat_request
+from nanochat.serve import highlight, limits
+from nanochat.serve.limits import Defaults, RequestError
+from nanochat.serve.requests import parse_chat_request, parse_completion_request
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,9 @@ def test_a_whole_answer_has_openais_shape(server: str) -> None:
     assert abs(body["created"] - time.time()) < 60
     [choice] = body["choices"]
     assert choice["message"]["role"] == "assistant" and choice["message"]["content"] == LEARNED["Who are you?"]
-    assert choice["finish_reason"] == "stop" and choice["index"] == 0
+    assert choice["finish_reason"] == "stop" and choice["index"] == 0 and choice["logprobs"] is None
     usage = body["usage"]
+    assert choice["nanochat"]["context_used"] == usage["total_tokens"] and choice["nanochat"]["tokens_per_s"] > 0
     assert usage["prompt_tokens"] > 5 and usage["completion_tokens"] > 20
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
@@ -60,7 +62,11 @@ def test_a_stream_has_openais_shape(server: str) -> None:
     assert len({(event["id"], event["created"], event["model"]) for event in events}) == 1
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [event["choices"][0]["finish_reason"] for event in events[:-2]] == [None] * (len(events) - 2)
-    assert events[-2]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+    end = events[-2]["choices"][0]
+    assert (end["delta"], end["logprobs"], end["finish_reason"]) == ({}, None, "stop")
+    assert end["nanochat"].keys() == {"context_used", "tokens_per_s"}
+    assert end["nanochat"]["context_used"] == events[-1]["usage"]["total_tokens"]
+    assert {event["usage"] for event in events[:-1]} == {None}
     assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == len(events) - 3
     text = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
     assert text == LEARNED["Who are you?"]
@@ -97,7 +103,7 @@ def test_a_tool_call_and_its_output_are_parts_of_their_own(server: str) -> None:
     content = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
     assert content == "Let me see: it is 888."
     message = fetch(server, CHAT, asking("What is 37*24?")).json["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": content, "nanochat": {"parts": SUM}}
+    assert message == {"role": "assistant", "content": content, "refusal": None, "nanochat": {"parts": SUM}}
 
 
 def test_parts_can_be_sent_back_and_the_model_reads_the_tokens_it_wrote(server: str) -> None:
@@ -130,12 +136,29 @@ def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(server:
 def test_models_health_and_figures(server: str) -> None:
     [model] = fetch(server, "/v1/models").json["data"]
     assert model["id"] == "nanochat" and model["object"] == "model"
-    assert set(model["nanochat"]["limits"]) == {name.lower() for name in dir(limits) if name.startswith("MAX_")}
-    assert model["nanochat"]["limits"]["max_message_chars"] == limits.MAX_MESSAGE_CHARS
+    told = model["nanochat"]["limits"]
+    assert set(told) == {name.lower() for name in dir(limits) if name.startswith("MAX_")}
+    assert told["max_message_chars"] == limits.MAX_MESSAGE_CHARS and told["max_waiting"] == 16
+    assert model["nanochat"]["defaults"].keys() >= {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    assert fetch(server, "/v1/models/nanochat").json == model
+    assert fetch(server, "/v1/models/other").status == 404
     assert model["nanochat"]["context_tokens"] == 8192
     assert fetch(server, "/health").json == {"status": "ok", "ready": True, "model": "nanochat"}
     now = stats(server)
     assert (now["workers"], now["busy"], now["waiting"]) == (1, 0, 0)
+
+
+def test_the_page_of_the_server_shows_every_limit_as_it_is() -> None:
+    rows = []
+    for name, limit in limits.LIMITS.items():
+        code = f" (`{limit.code}`)" if limit.code else ""
+        rows.append(f"| `{name}` | {limits.spelled(limit.value)} | {limit.status or ''} | {limit.message}{code} |")
+    page = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    shown = [line for line in page.splitlines() if line.startswith("| `max_")]
+    assert shown == rows, "write into docs/server.md:\n" + "\n".join(rows)
+    constants = {name.lower(): getattr(limits, name) for name in dir(limits) if name.startswith("MAX_")}
+    assert constants == {name: limit.value for name, limit in limits.LIMITS.items()}
+    assert limits.MAX_CODE_CHARS == highlight.MAX_CODE_CHARS
 
 
 def test_hostile_text_is_passed_on_as_it_is(server: str) -> None:
@@ -151,6 +174,7 @@ BAD: list[tuple[object, int, str]] = [
     (b"{", 400, "not valid JSON"),
     (b'{"messages": "\xff"}', 400, "UTF-8"),
     (b"[" * 50_000, 400, "nested"),
+    (b'{"messages": ' + b"[" * 32 + b"]" * 32 + b"}", 400, "nested too deeply; at most 32 levels"),
     (b'{"seed": ' + b"9" * 5000 + b"}", 400, "number|JSON"),
     ([1], 400, "JSON object"),
     ({}, 400, "messages: no list"),
@@ -181,17 +205,35 @@ BAD: list[tuple[object, int, str]] = [
     (asking("hi", temperature=float("nan")), 400, "temperature: NaN"),
     (asking("hi", top_k=201), 400, "top_k: 201 is not a whole number from 0 to 200"),
     (asking("hi", top_k=1.5), 400, "top_k"),
-    (asking("hi", max_tokens=0), 400, "max_tokens: 0 is not a whole number from 1 to 4096"),
+    (asking("hi", max_tokens=0), 400, "max_tokens: 0 is not a whole number from 1 to 4,096"),
     (asking("hi", max_tokens=4097), 400, "max_tokens"),
+    (asking("hi", top_p=1.01), 400, "top_p: 1.01 is not a number from 0 to 1"),
+    (asking("hi", min_p=-0.1), 400, "min_p"),
+    (asking("hi", repetition_penalty=0.9), 400, "repetition_penalty: 0.9 is not a number from 1 to 2"),
     (asking("hi", max_completion_tokens=[]), 400, "max_completion_tokens"),
     (asking("hi", seed="x"), 400, "seed"),
     (asking("hi", stream=1), 400, "stream: must be true or false"),
     (asking("hi", stream_options=[1]), 400, "stream_options"),
-    (asking("hi", n=2), 400, "n: this server does not support it"),
-    (asking("hi", tools=[{"type": "function"}]), 400, "tools: this server does not support it"),
-    (asking("hi", stop=["x"]), 400, "stop: this server does not support it"),
+    (asking("hi", seed=2**63), 400, "seed: .* is not a whole number from -9,223,372,036,854,775,807 to"),
+    (asking("hi", n=17), 400, "n: 17 is not a whole number from 1 to 16"),
+    (asking("hi", n=10**400), 400, "n: 1000.*… is not"),
+    (asking("hi", n=2.0), 400, "n: 2.0 is not a whole number"),
+    (asking("hi", logprobs=5), 400, "logprobs: must be true or false"),
+    (asking("hi", top_logprobs=3), 400, "top_logprobs: only together with logprobs: true"),
+    (asking("hi", logprobs=True, top_logprobs=21), 400, "top_logprobs: 21 is not a whole number from 0 to 20"),
+    (asking("hi", logit_bias={"5": 1}), 400, "logit_bias: this server does not support it"),
+    (asking("hi", response_format={"type": "json_object"}), 400, "response_format: this server does not"),
+    (asking("hi", tools=[{"type": "function"}]), 400, "tools: this model has not learned to call functions"),
+    (asking("hi", tools=[{"type": "function"}], tool_choice="auto"), 400, 'send tool_choice: "none"'),
+    (asking("hi", tool_choice="required"), 400, "tool_choice: this server does not support it"),
+    (asking("hi", stop=[""]), 400, "stop: a string has 0 characters; 1 to 100 are allowed"),
+    (asking("hi", stop="x" * 101), 400, "stop: a string has 101 characters"),
+    (asking("hi", stop=["x"] * 17), 400, "stop: 17 strings; at most 16 are allowed"),
+    (asking("hi", stop=5), 400, "stop: must be a string or a list of strings"),
+    (b'{"messages": [{"role": "user", "content": "hi"}], "stop": "\\ud800"}', 400, "unpaired surrogate"),
     (asking("hi", tempreature=1), 400, '"tempreature": unknown field; known are'),
-    (asking("hi", model="gpt-5"), 404, 'model "gpt-5" is not served here'),
+    (asking("hi", model="gpt-5"), 404, "model 'gpt-5' is not served here; leave it out or use one of nanochat"),
+    (asking("hi", model=["nanochat"]), 400, "is no name of a model"),
 ]
 
 
@@ -234,6 +276,14 @@ FIELDS = [
     "seed",
     "n",
     "stop",
+    "logprobs",
+    "top_logprobs",
+    "tools",
+    "tool_choice",
+    "logit_bias",
+    "prompt",
+    "echo",
+    "best_of",
     "x",
 ]
 
@@ -241,16 +291,20 @@ FIELDS = [
 @given(st.dictionaries(st.sampled_from(FIELDS), ANY_JSON), st.lists(ANY_JSON))
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_sent_is_a_request_or_a_refusal(fields: dict[str, Any], messages: list[Any]) -> None:
-    for body in (fields, {**fields, "messages": messages}, {**asking("hi"), **fields}):
-        try:
-            parse_chat_request(json.dumps(body).encode(), Defaults())
-        except RequestError as refusal:
-            json.dumps(refusal.message, ensure_ascii=False).encode("utf-8")  # can itself be sent
+    for body in (fields, {**fields, "messages": messages}, {**asking("hi"), **fields}, {"prompt": messages, **fields}):
+        for parse in (parse_chat_request, parse_completion_request):
+            try:
+                parse(json.dumps(body).encode(), Defaults())
+            except RequestError as refusal:
+                json.dumps([refusal.message, refusal.param], ensure_ascii=False).encode("utf-8")  # can itself be sent
 
 
 def test_settings_that_ask_for_nothing_are_accepted(server: str) -> None:
     harmless = {"n": 1, "top_p": 1.0, "stop": None, "tools": [], "user": "me", "presence_penalty": 0, "logprobs": False}
     assert fetch(server, CHAT, asking("Who are you?", **harmless)).status == 200
+    unused = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none", "logit_bias": {}}
+    message = fetch(server, CHAT, asking("Who are you?", **unused)).json["choices"][0]["message"]
+    assert message["content"] == LEARNED["Who are you?"] and "tool_calls" not in message
 
 
 def test_paths_methods_and_content_types_that_do_not_exist_are_told(server: str) -> None:

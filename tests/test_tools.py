@@ -1,217 +1,41 @@
-"""The calculator: its arithmetic, its spelling of numbers, its bounds, and the hook that answers calls by token ids."""
+"""Tools on token ids: calls of the calculator and of Python, their budget, and what becomes of them as typed parts."""
 
-import gzip
-import json
-import random
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
-from pathlib import Path
+import tracemalloc
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nanochat import calculator, tools
-from nanochat.calculator import calculate
+from nanochat import python_tool, tools
+from nanochat.chat import ReplyReader
+from nanochat.common import UserError
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import CalculatorHook
 
-
-@pytest.mark.parametrize(
-    ("expression", "output"),
-    [
-        ("1+2*3", "7"),
-        ("(1+2)*3", "9"),
-        ("10-4-3", "3"),
-        ("64/4/2", "8"),
-        ("2*-3", "-6"),
-        ("--5", "5"),
-        ("-(2+3)", "-5"),
-        ("+7", "7"),
-        ("7//2", "3"),
-        ("-7//2", "-4"),
-        (" 12 \n * 3 ", "36"),
-        (".5*100", "50"),
-        ("5.*2", "10"),
-        ("007", "7"),
-        ("3×4÷2−1", "5"),
-    ],
-)
-def test_arithmetic_follows_the_usual_precedence(expression, output):
-    assert calculate(expression) == output
+TEXT = "12 + 34 = 46, 'strawberry'.count('r') error division by zero, print it, 漢字"
+TOKENIZER = Tokenizer.train([TEXT] * 3, vocab_size=300)
+START, END = (TOKENIZER.special(f"<|python_{edge}|>") for edge in ("start", "end"))
 
 
-@pytest.mark.parametrize(
-    ("expression", "output"),
-    [
-        ("60/6", "10"),
-        ("0.2*3", "0.6"),
-        ("0.1+0.2", "0.3"),
-        ("2.50", "2.5"),
-        ("1/8", "0.125"),
-        ("-1/4", "-0.25"),
-        ("0*-1", "0"),
-        ("1,234 * 1", "1234"),
-        ("1,234,567.50 + 0", "1234567.5"),
-        ("1/3", "0.333333333333"),
-        ("2/3", "0.666666666667"),
-        ("-200/3", "-66.6666666667"),
-        ("1/3*3", "1"),
-        ("1/30000", "0.0000333333333333"),
-        ("12345678901234/3", "4115226300411.33"),
-        ("1" + "0" * 40 + "/" + "1" + "0" * 39, "10"),
-        ("1/1" + "0" * 30, "0." + "0" * 29 + "1"),
-        ("1/7" + "0" * 31, "0." + "0" * 31 + "142857142857"),
-    ],
-)
-def test_numbers_are_exact_and_written_in_one_way(expression, output):
-    assert calculate(expression) == output
+def call(expression: str) -> list[int]:
+    return [START, *TOKENIZER.encode(expression), END]
 
 
-@pytest.mark.parametrize(
-    ("expression", "output"),
-    [
-        ("'strawberry'.count('r')", "3"),
-        ('"strawberry".count("r")', "3"),
-        ("'a,b,c'.count(',')", "2"),
-        ("'1,234'.count(',')", "1"),
-        ("'important'.count('t')", "2"),
-        ("'evaluate open input'.count('e')", "3"),
-        ("'na\u00efve'.count('\u00ef')", "1"),
-        ("'\u6f22\u5b57\u6f22'.count('\u6f22')", "2"),
-        ('"it\'s".count("\'")', "1"),
-        (r"'it\'s'.count('\'')", "1"),
-        (r"'a\\b'.count('\\')", "1"),
-        ("'banana' . count ( 'an' )", "2"),
-        ("'(1+2)'.count('+')", "1"),
-        ("'aab'.count('a') + 'b'.count('b')", "3"),
-        ("''.count('a')", "0"),
-    ],
-)
-def test_letters_of_a_text_are_counted_as_they_stand(expression, output):
-    assert calculate(expression) == output
-
-
-@pytest.mark.parametrize(
-    ("expression", "output"),
-    [
-        ("", "error: empty expression"),
-        (" \n ", "error: empty expression"),
-        ("1/0", "error: division by zero"),
-        ("1//(2-2)", "error: division by zero"),
-        ("5/'abc'.count('z')", "error: division by zero"),
-        ("(1+2", "error: missing a )"),
-        ("1+2)", "error: unexpected )"),
-        ("1+", "error: missing number at the end"),
-        ("2**3", "error: unexpected *"),
-        ("20%3", "error: unexpected %"),
-        ("2^3", "error: unexpected ^"),
-        ("$5", "error: unexpected $"),
-        ("1 2", "error: unexpected 2"),
-        ("1.2.3", "error: unexpected .3"),
-        ("1e5", "error: unexpected e5"),
-        ("\u0663+1", "error: unexpected \u0663"),
-        ("1,23", "error: misplaced comma in 1,23"),
-        ("1,2345", "error: misplaced comma in 1,2345"),
-        ("max(1,234)", "error: unexpected max"),
-        ("__import__('os')", "error: unexpected __import__"),
-        ("'abc", "error: unexpected '"),
-        ("'abc'", "error: missing .count( after a text"),
-        ("'a'+1", "error: unexpected +, missing .count( after a text"),
-        ("'abc'.count(1)", "error: unexpected 1, missing one quoted text inside .count( )"),
-        ("'abc'.counts('a')", "error: unexpected ., missing .count( after a text"),
-        ("'abc'.count('')", "error: an empty text cannot be counted"),
-        ("'a'.zfill(100000000).count('0')", "error: unexpected ., missing .count( after a text"),
-    ],
-)
-def test_what_has_no_value_gets_an_error_that_names_the_cause(expression, output):
-    assert calculate(expression) == output
-
-
-def test_costs_are_bounded_and_every_bound_is_reported():
-    assert (
-        calculate("1" * calculator.MAX_CHARS + "0")
-        == f"error: expression longer than {calculator.MAX_CHARS} characters"
-    )
-    deep = calculator.MAX_DEPTH
-    assert calculate("(" * (deep - 1) + "1" + ")" * (deep - 1)) == "1"
-    assert calculate("(" * deep + "1" + ")" * deep) == f"error: nested deeper than {deep}"
-    assert calculate("-" * deep + "1") == f"error: nested deeper than {deep}"
-    too_long = f"error: number with more than {calculator.MAX_DIGITS} digits"
-    assert calculate("9" * calculator.MAX_DIGITS) == "9" * calculator.MAX_DIGITS
-    assert calculate("9" * (calculator.MAX_DIGITS + 1)) == too_long
-    assert calculate("9" * 60 + "*" + "9" * 60) == too_long
-    assert calculate("1/" + "9" * 60 + "/" + "9" * 60) == too_long
-
-
-def test_no_text_of_calculator_characters_is_slow_long_or_fatal():
-    generator = random.Random(0)
-    alphabet = "0123456789+-*/()., '\"ab\\\n" + "\u00d7\u6f22"
-    expressions = ["".join(generator.choices(alphabet, k=generator.randint(0, 60))) for _ in range(2000)]
-    expressions += [c * n for c in alphabet for n in (1, 2, calculator.MAX_CHARS)]
-    begun = time.perf_counter()
-    outputs = [calculate(expression) for expression in expressions]
-    assert time.perf_counter() - begun < 5
-    assert max(map(len, outputs)) <= 140
-    assert all(output.startswith("error: ") or re.fullmatch(r"-?\d+(\.\d*[1-9])?", output) for output in outputs)
-
-
-def test_random_expressions_equal_pythons_fractions():
-    generator = random.Random(1)
-    for _ in range(300):
-        numbers = [str(generator.randint(1, 99)) for _ in range(4)]
-        signs = generator.choices("+-*/", k=3)
-        words = [f"Fraction({numbers[0]})"] + [f"{s} Fraction({n})" for s, n in zip(signs, numbers[1:])]
-        text = numbers[0] + "".join(s + n for s, n in zip(signs, numbers[1:]))
-        exact = eval(" ".join(words), {"Fraction": Fraction})
-        output = Fraction(calculate(text))
-        assert abs(output - exact) <= abs(exact) / 10**11, text
-
-
-def test_outputs_agree_with_every_worked_step_of_real_school_problems(real_data):
-    """GSM8K writes its steps as <<expression=result>>, the very calls that a model learns to make."""
-    steps = []
-    with gzip.open(real_data / "eval" / "gsm8k" / "test.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            steps += re.findall(r"<<([^<>=]*)=([^<>=]*)>>", json.loads(line)["answer"])
-    assert len(steps) > 1000
-    wrong = [(text, result) for text, result in steps if _differs(calculate(text), result)]
-    assert wrong == []
-
-
-def _differs(output: str, written: str) -> bool:
-    """Whether an output is an error or another number than the book's."""
-    return output.startswith("error") or Fraction(output) != Fraction(written.replace(",", ""))
-
-
-def test_it_works_in_any_thread():
-    with ThreadPoolExecutor(4) as pool:
-        outputs = list(pool.map(calculate, [f"{n}/4" for n in range(200)]))
-    assert outputs[:5] == ["0", "0.25", "0.5", "0.75", "1"]
-
-
-# The hook ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(["12 + 34 = 46, 'strawberry'.count('r') error division by zero"] * 3, vocab_size=300)
-
-
-def call(tokenizer: Tokenizer, expression: str) -> list[int]:
-    return [
-        tokenizer.special("<|python_start|>"),
-        *tokenizer.encode(expression),
-        tokenizer.special("<|python_end|>"),
-    ]
-
-
-def output_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [tokenizer.special("<|output_start|>"), *tokenizer.encode(text), tokenizer.special("<|output_end|>")]
+def output_ids(text: str) -> list[int]:
+    return [TOKENIZER.special("<|output_start|>"), *TOKENIZER.encode(text), TOKENIZER.special("<|output_end|>")]
 
 
 def push_all(hook: CalculatorHook, ids: list[int]) -> list[list[int]]:
     return [hook.push(token_id) for token_id in ids]
+
+
+def answered(hook: CalculatorHook, expression: str) -> str:
+    """The output of one call, as text."""
+    first, *ids, last = push_all(hook, call(expression))[-1]
+    assert [first, last] == output_ids("")
+    return TOKENIZER.decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -223,51 +47,223 @@ def push_all(hook: CalculatorHook, ids: list[int]) -> list[list[int]]:
         ("", "error: empty expression"),
     ],
 )
-def test_a_closed_call_is_answered_between_output_markers(tokenizer, expression, result):
-    *during, after = push_all(CalculatorHook(tokenizer), call(tokenizer, expression))
+def test_a_closed_call_is_answered_between_output_markers(expression: str, result: str) -> None:
+    *during, after = push_all(CalculatorHook(TOKENIZER), call(expression))
     assert not any(during)
-    assert after == output_ids(tokenizer, result)
+    assert after == output_ids(result)
 
 
-def test_a_second_call_is_answered_though_the_first_answer_was_never_pushed(tokenizer):
-    hook = CalculatorHook(tokenizer)
-    push_all(hook, call(tokenizer, "1+1"))
-    assert not any(push_all(hook, tokenizer.encode("so the next is 5*5")))
-    assert push_all(hook, call(tokenizer, "5*5"))[-1] == output_ids(tokenizer, "25")
+def test_a_second_call_is_answered_though_the_first_answer_was_never_pushed() -> None:
+    hook = CalculatorHook(TOKENIZER)
+    push_all(hook, call("1+1"))
+    assert not any(push_all(hook, TOKENIZER.encode("so the next is 5*5")))
+    assert push_all(hook, call("5*5"))[-1] == output_ids("25")
 
 
-def test_text_outside_a_call_and_a_lone_end_ask_for_nothing(tokenizer):
-    end = tokenizer.special("<|python_end|>")
-    assert not any(push_all(CalculatorHook(tokenizer), [*tokenizer.encode("1+1"), end, *tokenizer.encode("2")]))
+def test_text_outside_a_call_and_a_lone_end_ask_for_nothing() -> None:
+    assert not any(push_all(CalculatorHook(TOKENIZER), [*TOKENIZER.encode("1+1"), END, *TOKENIZER.encode("2")]))
 
 
-def test_opening_again_starts_the_expression_afresh(tokenizer):
-    start = tokenizer.special("<|python_start|>")
-    ids = [start, *tokenizer.encode("99+"), *call(tokenizer, "1+1")]
-    assert push_all(CalculatorHook(tokenizer), ids)[-1] == output_ids(tokenizer, "2")
+def test_opening_again_starts_the_expression_afresh() -> None:
+    ids = [START, *TOKENIZER.encode("99+"), *call("1+1")]
+    assert push_all(CalculatorHook(TOKENIZER), ids)[-1] == output_ids("2")
 
 
 @pytest.mark.parametrize("name", ["<|assistant_end|>", "<|bos|>", "<|user_start|>", "<|output_start|>"])
-def test_any_other_special_token_abandons_the_call(tokenizer, name):
-    ids = call(tokenizer, "1+1")
-    ids.insert(2, tokenizer.special(name))
-    assert not any(push_all(CalculatorHook(tokenizer), ids))
+def test_any_other_special_token_abandons_the_call(name: str) -> None:
+    ids = call("1+1")
+    ids.insert(2, TOKENIZER.special(name))
+    assert not any(push_all(CalculatorHook(TOKENIZER), ids))
 
 
-def test_a_call_that_never_stops_growing_costs_no_memory_and_ends_in_an_error(tokenizer):
-    hook = CalculatorHook(tokenizer)
-    one = tokenizer.encode("1")
-    push_all(hook, [tokenizer.special("<|python_start|>"), *one * 50_000])
-    assert hook._expression is not None and len(hook._expression) == tools.MAX_TOKENS + 1
-    output = hook.push(tokenizer.special("<|python_end|>"))
-    assert output == output_ids(tokenizer, f"error: more than {tools.MAX_TOKENS} tokens")
+def test_a_call_that_never_stops_growing_costs_no_memory_and_ends_in_an_error() -> None:
+    hook = CalculatorHook(TOKENIZER)
+    push_all(hook, [START, *TOKENIZER.encode("1") * 50_000])
+    assert hook._call is not None and len(hook._call) == tools.MAX_TOKENS + 1
+    assert hook.push(END) == output_ids(f"error: more than {tools.MAX_TOKENS} tokens")
 
 
-def test_bytes_that_are_no_text_are_an_error_not_a_crash(tokenizer):
-    ids = [tokenizer.special("<|python_start|>"), 0xFF, 0xFE, tokenizer.special("<|python_end|>")]
-    assert push_all(CalculatorHook(tokenizer), ids)[-1] == output_ids(tokenizer, "error: unexpected \ufffd")
+def test_bytes_that_are_no_text_are_an_error_not_a_crash() -> None:
+    assert push_all(CalculatorHook(TOKENIZER), [START, 0xFF, 0xFE, END])[-1] == output_ids("error: unexpected \ufffd")
 
 
-def test_the_module_needs_no_evaluator_signal_or_process():
-    source = Path(tools.__file__).read_text(encoding="utf-8")
-    assert not re.search(r"\b(eval|exec|ast|signal|subprocess)\b", source)
+# Budget -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_runs_so_many_calls_and_is_told_when_they_are_used_up() -> None:
+    hook, another = CalculatorHook(TOKENIZER), CalculatorHook(TOKENIZER)
+    assert [answered(hook, f"{n}+1") for n in range(tools.MAX_CALLS)] == [str(n + 1) for n in range(tools.MAX_CALLS)]
+    assert [answered(hook, "1+1") for _ in range(3)] == [tools.USED_UP] * 3
+    assert answered(another, "1+1") == "2"
+
+
+def test_abandoned_calls_cost_nothing_of_the_budget() -> None:
+    hook = CalculatorHook(TOKENIZER)
+    push_all(hook, [START, TOKENIZER.special("<|assistant_end|>")] * 100)
+    assert answered(hook, "1+1") == "2"
+
+
+def test_outputs_are_cut_with_dots_and_all_of_an_answer_have_a_budget_of_tokens() -> None:
+    programs: list[str] = []
+    hook = CalculatorHook(TOKENIZER, python=lambda program: programs.append(program) or "字" * 10**6)
+    forced = [push_all(hook, call("print(1)"))[-1][1:-1] for _ in range(tools.MAX_CALLS)]
+    texts = [TOKENIZER.decode(ids) for ids in forced]
+    assert all(re.fullmatch(r"字+\.\.\.", text) for text in texts[: len(programs)])
+    assert set(texts[len(programs) :]) == {tools.USED_UP}
+    sizes = [len(ids) for ids in forced[: len(programs)]]
+    assert all(tools.MAX_OUTPUT_TOKENS - 3 <= size <= tools.MAX_OUTPUT_TOKENS for size in sizes)
+    assert tools.MAX_FORCED_TOKENS - tools.MAX_OUTPUT_TOKENS < sum(sizes) <= tools.MAX_FORCED_TOKENS
+
+
+def test_an_output_that_just_fits_stays_whole() -> None:
+    just = "1" * tools.MAX_OUTPUT_TOKENS
+    assert len(TOKENIZER.encode(just)) == tools.MAX_OUTPUT_TOKENS
+    assert answered(CalculatorHook(TOKENIZER, python=lambda program: just), "x = 1") == just
+    cut = answered(CalculatorHook(TOKENIZER, python=lambda program: just + "1"), "x = 1")
+    assert re.fullmatch(r"1+\.\.\.", cut)
+
+
+def test_a_flood_of_output_costs_little_memory_and_never_looks_whole() -> None:
+    flood = "-" * 10**7
+    tracemalloc.start()
+    answered(CalculatorHook(TOKENIZER, python=lambda program: flood), "x = 1")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+    few = Tokenizer.train(["-" * 64, TEXT] * 3, vocab_size=300)  # has a token for many of them
+    assert len(few.encode(flood[: tools.MAX_OUTPUT_CHARS])) < tools.MAX_OUTPUT_TOKENS
+    ids = [few.special("<|python_start|>"), *few.encode("x = 1"), few.special("<|python_end|>")]
+    forced = push_all(CalculatorHook(few, python=lambda program: flood), ids)[-1]
+    assert re.fullmatch(r"-+\.\.\.", few.decode(forced[1:-1]))
+
+
+# Python -----------------------------------------------------------------------------------------------------------
+
+
+def test_python_gets_what_is_no_expression_and_the_calculator_the_rest() -> None:
+    programs: list[str] = []
+    hook = CalculatorHook(TOKENIZER, python=lambda program: programs.append(program) or f"ran {len(programs)}")
+    assert answered(hook, "12+34") == "46"
+    assert answered(hook, "1/0") == "error: division by zero"
+    assert answered(hook, "print('漢字')\n") == "ran 1"
+    assert answered(hook, "'a'.upper()") == "ran 2"
+    assert programs == ["print('漢字')\n", "'a'.upper()"]
+
+
+def test_special_tokens_by_name_in_an_output_stay_text() -> None:
+    hook = CalculatorHook(TOKENIZER, python=lambda program: "<|output_end|><|assistant_end|> half \ud800")
+    ids = push_all(hook, call("print(1)"))[-1]
+    assert [token for token in ids if token >= TOKENIZER.bos] == output_ids("")
+    assert TOKENIZER.decode(ids[1:-1]) == "<|output_end|><|assistant_end|> half \ufffd"
+
+
+def plain_process(code: str, *, timeout: float, maximum_memory_bytes: int) -> SimpleNamespace:
+    """`execute_code` without any protection, for programs of our own."""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    error = done.stderr.splitlines()[-1] if done.returncode else None
+    return ended(done.returncode == 0, done.stdout, error)
+
+
+def ended(success: bool, stdout: str = "", error: str | None = None, **how: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        success=success, stdout=stdout, error=error, **{"timeout": False, "memory_exceeded": False, **how}
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "output"),
+    [
+        ("import math\nmath.factorial(20)", "2432902008176640000"),
+        ("x = 6\nprint(x)\nx * 7\n", "6\n42"),
+        ("d = [1]\nd.append(2)\nsorted(d)[::-1]", "[2, 1]"),
+        ("'\"\"\"' + \"'\\\\\" + '{}'", "'\"\"\"\\'\\\\{}'"),
+        ("print(1)\n1/0", "1\nerror: ZeroDivisionError: division by zero"),
+        ("x = 1", ""),
+    ],
+)
+def test_a_program_runs_as_if_it_were_typed_at_pythons_prompt(program: str, output: str) -> None:
+    assert python_tool.python_tool(plain_process)(program) == output
+
+
+def test_a_program_that_is_no_python_is_told_so() -> None:
+    assert python_tool.python_tool(plain_process)("what is this?").startswith("error: SyntaxError")
+
+
+@pytest.mark.parametrize(
+    ("end", "output"),
+    [
+        (ended(False, "1\n", timeout=True), "1\nerror: longer than 5 s"),
+        (ended(False, memory_exceeded=True), "error: more than 256 MB of memory"),
+        (ended(False, error="x" * 1000), "error: " + "x" * 200),
+        (ended(False), "error: the program failed"),
+    ],
+)
+def test_how_a_program_failed_is_its_output(end: SimpleNamespace, output: str) -> None:
+    ends = [ended(True), end]
+    assert python_tool.python_tool(lambda code, **limits: ends.pop(0))("loop()") == output
+
+
+def test_a_sandbox_that_does_not_run_an_empty_program_is_refused_with_its_reason() -> None:
+    with pytest.raises(UserError, match=r"cannot run programs here \(error: no namespaces\)"):
+        python_tool.python_tool(lambda code, **limits: ended(False, error="no namespaces"))
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def read(ids: list[int]) -> list[tuple[str, str]]:
+    """What the reader makes of an answer; its pieces joined are its parts."""
+    reader = ReplyReader(TOKENIZER)
+    events = [part for token_id in ids for part in reader.push(token_id)] + reader.flush()
+    assert "".join(part["text"] for part in events) == "".join(part["text"] for part in reader.parts)
+    return [(part["type"], part["text"]) for part in reader.parts]
+
+
+def generated(sampled: list[int], hook: CalculatorHook) -> list[int]:
+    """What an engine yields for a model that samples these."""
+    ids: list[int] = []
+    for token_id in sampled:
+        ids += [token_id, *hook.push(token_id)]
+    return ids
+
+
+def test_a_call_and_its_output_are_parts_of_their_own() -> None:
+    sampled = [*TOKENIZER.encode("it is "), *call("12+34"), *TOKENIZER.encode(" then")]
+    assert read(generated(sampled, CalculatorHook(TOKENIZER))) == [
+        ("text", "it is "),
+        ("python", "12+34"),
+        ("python_output", "46"),
+        ("text", " then"),
+    ]
+
+
+def test_a_cut_answer_keeps_the_parts_as_far_as_they_came() -> None:
+    whole = generated([*TOKENIZER.encode("so"), *call("12+34")], CalculatorHook(TOKENIZER))
+    cuts = [read(whole[:n]) for n in range(1, len(whole) + 1)]
+    assert [("text", "so"), ("python", "")] in cuts  # opened
+    assert [("text", "so"), ("python", "12+34")] in cuts  # closed, or about to be
+    assert [("text", "so"), ("python", "12+34"), ("python_output", "")] in cuts
+    assert cuts[-1] == [("text", "so"), ("python", "12+34"), ("python_output", "46")]
+
+
+def test_an_abandoned_call_is_a_call_without_output() -> None:
+    sampled = [START, *TOKENIZER.encode("12+"), TOKENIZER.special("<|user_start|>"), *TOKENIZER.encode("34"), END]
+    assert read(generated(sampled, CalculatorHook(TOKENIZER))) == [("python", "12+<|user_start|>34")]
+
+
+def test_a_call_beyond_the_budget_has_an_output_that_says_so() -> None:
+    ids = generated(call("1+1") * (tools.MAX_CALLS + 1), CalculatorHook(TOKENIZER))
+    assert read(ids)[-2:] == [("python", "1+1"), ("python_output", tools.USED_UP)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1) | st.sampled_from([START, END]), max_size=200))
+def test_whatever_a_model_samples_is_answered_in_bounds_and_read_without_loss(sampled: list[int]) -> None:
+    hook = CalculatorHook(TOKENIZER, python=lambda program: program * 9)
+    forced = [hook.push(token_id) for token_id in sampled]
+    assert sum(map(len, forced)) <= tools.MAX_FORCED_TOKENS + len(sampled) * (len(output_ids(tools.USED_UP)))
+    kinds = [kind for kind, _ in read(generated(sampled, CalculatorHook(TOKENIZER)))]
+    assert kinds.count("python") == sampled.count(START)

@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO
 
 from nanochat.common import printable
 from nanochat.doctor.checks import Check
 from nanochat.doctor.result import Request, Result
+from nanochat.sandbox.processes import kill_tree
 
 MARK = "RESULT "
 SIDE_BY_SIDE = 2
@@ -116,24 +116,3 @@ class Child:
             memory = ", as Linux does when memory runs out" if -code == signal.SIGKILL else ""
             return Result("failed", f"its process was ended by {signal.Signals(-code).name}{memory}", advice)
         return Result("failed", f"{err[-1] if err else f'it left with code {code}'}"[:300], advice)
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and all below it. Each is halted first, and asked for its children until it has no new ones."""
-    with suppress(ProcessLookupError, PermissionError):  # it has ended, or is another user's
-        os.kill(pid, signal.SIGSTOP)
-        known = set[int]()
-        while new := set(children(pid)) - known:
-            for child in new:
-                kill_tree(child)
-            known |= new
-        os.kill(pid, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    """Processes that any thread of this one has started. Only Linux tells; elsewhere there are none."""
-    found = list[int]()
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # the thread has ended
-            found += map(int, path.read_text(encoding="ascii").split())
-    return found

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any
+
+import torch
 
 from nanochat.common import UserError
 from nanochat.config import ModelConfig
@@ -78,17 +79,56 @@ def step_waits(step: Callable[[Iterator[Batch]], None], batches: Iterator[Batch]
     return shares[1:]
 
 
-def decode_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> float:
-    """Seconds from the first new token of every prompt to the last: decoding without the prefill.
+def decode_tokens_per_s(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> float:
+    """Tokens a second while all rows run."""
+    seconds = step_seconds(engine, prompts, new_tokens, sampling)
+    return len(prompts) * len(seconds) / sum(seconds)
 
-    The engine must have no stop token, so that every row has its full length.
+
+def step_seconds(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sampling: Sampling) -> list[float]:
+    """Seconds of each step from when the last row has begun until the first one ends: new_tokens - 1 of them.
+
+    The engine must have no stop token and a row for every prompt.
     """
-    tokens = engine.generate_each(prompts, new_tokens, sampling)
-    first = list(islice(tokens, len(prompts)))
+    sequences = [engine.add(prompt, new_tokens + len(prompts), sampling) for prompt in prompts]
+    while not all(sequence.tokens for sequence in sequences):
+        engine.step()
+    seconds = []
+    for _ in range(new_tokens - 1):
+        began = time.perf_counter()
+        tokens = engine.step()  # which ends with the tokens' ids, so no device is still at work
+        seconds.append(time.perf_counter() - began)
+        assert len(tokens) == len(prompts)
+    for sequence in sequences:
+        engine.remove(sequence)
+    return seconds
+
+
+def first_token_s(engine: Engine, prompt: Sequence[int], sampling: Sampling) -> float:
+    """Seconds from the prompt to its first token."""
     began = time.perf_counter()
-    rest = sum(1 for _ in tokens)
-    assert len(first) + rest == len(prompts) * new_tokens
+    next(iter(engine.generate(prompt, 1, sampling)))
     return time.perf_counter() - began
+
+
+def read_bytes_per_s(device: torch.device, synchronize: Callable[[], None], num_bytes: int = 2**28) -> float:
+    """What the memory delivers when one large tensor is read, with the threads in use: the best of ten."""
+    stream, best_s = torch.ones(num_bytes // 4, device=device), float("inf")
+    for _ in range(10):
+        synchronize()
+        began = time.perf_counter()
+        stream.sum()
+        synchronize()
+        best_s = min(best_s, time.perf_counter() - began)
+    return num_bytes / best_s
+
+
+def weight_bytes_per_token(model: GPT, is_int8: bool = False) -> int:
+    """Of the weights that every token needs whole: the blocks' matrices and the head."""
+    counts = model.parameter_counts()
+    if model.config.tied_head:
+        counts["lm_head"] = model.lm_head.weight.numel()
+    return (counts["matrix"] + counts["lm_head"]) * (1 if is_int8 else model.dtype.itemsize)
 
 
 def tokenizer_speed(

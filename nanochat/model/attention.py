@@ -13,8 +13,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nanochat.config import ModelConfig
-from nanochat.kernels.flash_attention import Visibility, attention
-from nanochat.model.layers import Embedding, Linear, fan_in_bound, rms_norm, shifted, uniform_
+from nanochat.kernels.decode import LANES, AttentionCall, Decoder, Matrix
+from nanochat.kernels.flash_attention import attention
+from nanochat.model.layers import Embedding, Linear, fan_in_bound, is_single_token, rms_norm, shifted, uniform_
 from nanochat.model.mixer import LayerContext, LayerCost, Mixer
 from nanochat.model.state import KVState, LayerState
 
@@ -47,12 +48,15 @@ class Attention(Mixer):
         self.c_k = Linear(config.n_embd, kv_dim)
         self.c_v = Linear(config.n_embd, kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.decoder: tuple[Decoder, AttentionCall] | None = None
         self.value_embedding: Embedding | None = None
         if config.has_value_embedding(layer):
             self.value_embedding = Embedding(config.padded_vocab_size, kv_dim, role="value_embedding")
             self.value_gate = Linear(min(GATE_CHANNELS, config.n_embd), config.n_kv_head)
 
     def forward(self, x: Tensor, ctx: LayerContext, state: LayerState | None) -> Tensor:
+        if self.decoder is not None and isinstance(state, KVState) and is_single_token(x):
+            return self._decode(x, ctx, state, *self.decoder)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.c_q, self.c_k, self.c_v)
         )  # (B, T, H or H_kv, D)
@@ -68,9 +72,37 @@ class Attention(Mixer):
             mixed = ctx.attention(q, k, v, ctx.visibility(self.layer))
         else:
             assert isinstance(state, KVState)
-            k, v, key_positions = state.append(k, v, ctx.positions)
-            mixed = attention(q, k, v, Visibility(ctx.positions, key_positions, ctx.windows[self.layer]))
+            mixed = self._attend_to_past(q, k, v, ctx, state)
         return self.c_proj(mixed.flatten(2))
+
+    def _attend_to_past(self, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext, state: KVState) -> Tensor:
+        """Write k, v (B, T, H_kv, D) into the state, and look at what is in it. Returns (B, T, H, D)."""
+        if ctx.past == 0:
+            state.begin(k, v)
+            return attention(q, k, v, ctx.visibility(self.layer))  # the model's own kernel may compile for each length
+        state.append(k, v, ctx.positions)
+        visibility = ctx.ring_visibility(self.layer, state.num_slots)
+        used = visibility.key_positions.size(1)
+        return attention(q, state.keys[:, :used], state.values[:, :used], visibility)
+
+    def use_decoder(self, decoder: Decoder, is_int8: bool) -> None:
+        config, names = self.config, ("c_q", "c_k", "c_v", "c_proj")
+        if self.head_dim % LANES:
+            return
+        matrices = [Matrix.of(getattr(self, name).weight, is_int8) for name in names]
+        gate = Matrix.of(None if self.value_embedding is None else self.value_gate.weight)
+        call = AttentionCall(*matrices, gate, config.n_head, config.n_kv_head, self.head_dim)
+        call.window, call.gate_scale, call.has_offset = config.windows[self.layer], GATE_SCALE, config.key_offset
+        call.qk_scale = config.qk_scale if config.qk_norm else 0.0
+        call.matrices = (*matrices, gate)  # ctypes copies what it is given, and drops what keeps the tensors alive
+        self.decoder = decoder, call
+
+    def _decode(self, x: Tensor, ctx: LayerContext, state: KVState, decoder: Decoder, call: AttentionCall) -> Tensor:
+        """The same for one token of each row. x: (B, 1, C)."""
+        assert state.keys.is_contiguous() and x.is_contiguous()
+        embedded = None if self.value_embedding is None else self.value_embedding(ctx.token_ids)
+        angles = ctx.rotary(self.head_dim, self.config.rope_base, x.dtype)
+        return decoder.attend(call, x, embedded, angles, ctx.positions, state.keys, state.values, state.last_key)
 
     def _gated_values(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x: (B, T, C), token_ids: (B, T). Returns (B, T, H_kv, D)."""
@@ -84,11 +116,14 @@ class Attention(Mixer):
         if state is None:
             return offset(k, shifted(k, positions, None))
         assert isinstance(state, KVState)
-        before, state.last_key = state.last_key, k[:, -1].clone()
-        return offset(k, shifted(k, positions, before))
+        mixed = offset(k, shifted(k, positions, state.last_key))
+        state.last_key.copy_(k[:, -1])
+        return mixed
 
-    def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> KVState:
-        return KVState.empty(batch, max_len, self.config.n_kv_head, self.head_dim, device, dtype)
+    def new_state(self, batch: int, max_len: int, max_chunk: int, device: torch.device, dtype: torch.dtype) -> KVState:
+        window = self.config.windows[self.layer]
+        slots = min(max_len, window + max_chunk)  # the first query of a chunk still sees its whole window
+        return KVState.empty(batch, slots, self.config.n_kv_head, self.head_dim, window, device, dtype)
 
     def init_weights(self, rng: Generator) -> None:
         for projection in (self.c_q, self.c_k, self.c_v):

@@ -8,20 +8,31 @@ configuration alone (`predict_parameters`, `flops_per_token`), so they are the s
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Generator, Tensor, nn
 
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.config import ModelConfig
 from nanochat.kernels.attention_ladder import AttentionCase, Kernel, choose_attention
 from nanochat.kernels.cross_entropy import IGNORED as IGNORED  # a target that is not scored
 from nanochat.kernels.cross_entropy import softcapped, summed_loss, token_losses
+from nanochat.kernels.decode import LANES, Matrix, find_decoder
 from nanochat.kernels.flash_attention import attention as sdpa_attention
 from nanochat.kernels.fp8 import Recipe, is_eligible
 from nanochat.model.attention import Attention
-from nanochat.model.layers import ACTIVATIONS, MLP, SMEAR_CHANNELS, Embedding, Linear, Role, Smear, rms_norm
+from nanochat.model.layers import (
+    ACTIVATIONS,
+    MLP,
+    SMEAR_CHANNELS,
+    Embedding,
+    Linear,
+    Role,
+    Smear,
+    is_single_token,
+    rms_norm,
+)
 from nanochat.model.mixer import LayerContext, Mixer
 from nanochat.model.residual import RESIDUALS, Residual
 from nanochat.model.state import DecodeState, LayerState
@@ -67,6 +78,7 @@ class GPT(nn.Module):
         self.smear = Smear(config.n_embd) if config.smear else None
         self.residual = RESIDUALS[config.residual](config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.quick_head: Callable[[Tensor], Tensor] | None = None
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, role="lm_head")
         self.to(torch.promote_types(dtype, torch.float32))
         self.tie()
@@ -85,6 +97,33 @@ class GPT(nn.Module):
         for module in eligible:
             module.fp8 = recipe
 
+    def for_decoding(self, is_int8: bool = False) -> "GPT":
+        """Make this model ready to write, and no longer to be trained. Returns it.
+
+        Weights are cast to the compute dtype once instead of at every use, which changes no number. On a CPU in
+        float32 single tokens go through kernels/decode.py, with is_int8 through weights of a byte each, which are
+        read four times as fast and round each weight to 1/254 of the largest in its row. Raises UserError where int8
+        cannot be had; of float32 a warning says so.
+        """
+        self.requires_grad_(False).to(self.dtype)
+        is_plain = (
+            self.dtype == torch.float32 and self.wte.weight.device.type == "cpu" and self.config.n_embd % LANES == 0
+        )
+        decoder, reason = (
+            find_decoder() if is_plain else (None, f"not for {self.dtype} on {self.wte.weight.device.type}")
+        )
+        if decoder is not None:
+            for block in self._blocks():
+                block.mixer.use_decoder(decoder, is_int8)
+                block.mlp.use_decoder(decoder, is_int8)
+            matrix = Matrix.of(self.lm_head.weight, is_int8)
+            self.quick_head = lambda hidden: decoder.linear(matrix, hidden, self.config.softcap)
+        elif is_int8:
+            raise UserError(f"int8 weights: {reason}")
+        elif is_plain:
+            print0(f"warning: single tokens take longer, for {reason}")
+        return self
+
     # Forward -------------------------------------------------------------------------------------------------------
 
     def hidden(self, token_ids: Tensor, document_ids: Tensor | None = None, state: DecodeState | None = None) -> Tensor:
@@ -94,19 +133,19 @@ class GPT(nn.Module):
         """
         ctx = self._context(token_ids, document_ids, state)
         x = rms_norm(self.wte(token_ids).to(self.dtype))  # (B, T, C)
-        last_embedding = x[:, -1]
         if self.smear is not None:
-            x = self.smear(x, ctx.positions, None if state is None else state.stem)
+            x = self.smear(x, ctx.positions, None if state is None else rms_norm(self.wte(state.last_ids).to(x.dtype)))
         stream = self.residual.expand(x)
         for block, layer_state in zip(self.blocks, [None] * len(self.blocks) if state is None else state.layers):
             stream = block(stream, self.residual, ctx, layer_state)
         if state is not None:
-            state.positions = state.positions + token_ids.size(1)
-            state.stem = last_embedding
+            state.advance(token_ids)
         return rms_norm(self.residual.collapse(stream))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Softcapped logits (..., V) of hidden states (..., C), in fp32 or better."""
+        if self.quick_head is not None and is_single_token(hidden):
+            return self.quick_head(hidden)[..., : self.config.vocab_size]
         return softcapped(self.lm_head(hidden)[..., : self.config.vocab_size], self.config.softcap)
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -116,6 +155,10 @@ class GPT(nn.Module):
     def next_logits(self, token_ids: Tensor, state: DecodeState) -> Tensor:
         """Logits (B, V) after the last of token_ids (B, T), which extend the rows of `state`."""
         return self.head(self.hidden(token_ids, state=state)[:, -1])
+
+    def all_logits(self, token_ids: Tensor, state: DecodeState) -> Tensor:
+        """Logits (B, T, V) after each of token_ids (B, T), which extend the rows of `state`."""
+        return self.head(self.hidden(token_ids, state=state))
 
     def token_losses(self, inputs: Tensor, targets: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of every target (B, T); 0 where the target is ignored. inputs: (B, T)."""
@@ -137,15 +180,20 @@ class GPT(nn.Module):
             positions = positions_in_documents(documents)
         else:
             positions = steps
-        return LayerContext(token_ids, positions, documents, self.config.windows, self.attention)
+        past = 0 if state is None else state.past
+        return LayerContext(token_ids, positions, documents, self.config.windows, self.attention, past)
 
     # State and weights ---------------------------------------------------------------------------------------------
 
-    def new_state(self, batch: int, max_len: int) -> DecodeState:
-        """An empty decode state for `batch` rows of at most `max_len` positions."""
-        device = self.wte.weight.device
-        layers = [block.mixer.new_state(batch, max_len, device, self.dtype) for block in self._blocks()]
-        return DecodeState(layers, torch.zeros(batch, dtype=torch.int64, device=device), max_len)
+    def new_state(self, batch: int, max_len: int, max_chunk: int | None = None) -> DecodeState:
+        """An empty decode state for `batch` rows of at most `max_len` positions.
+
+        max_chunk: the most tokens of a row in one forward, else any number; the fewer, the less memory windows need.
+        """
+        device, chunk = self.wte.weight.device, max_chunk or max_len
+        layers = [block.mixer.new_state(batch, max_len, chunk, device, self.dtype) for block in self._blocks()]
+        positions, last_ids = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        return DecodeState(layers, positions, last_ids)
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter (pretraining spec 4.3). The same seed and device give the same weights."""

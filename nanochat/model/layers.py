@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from nanochat.kernels.decode import MAX_ROWS, Decoder, Matrix
 from nanochat.kernels.fp8 import Recipe, fp8_linear
 
 SMEAR_CHANNELS = 24  # the smear gate reads this many leading channels (pretraining spec 4.2)
@@ -62,21 +63,35 @@ class Embedding(Role):
 
 
 class MLP(nn.Module):
-    """C -> 4C -> C with an activation from `ACTIVATIONS`."""
+    """C -> 4C -> C with an activation from `ACTIVATIONS`. quick: how it computes single tokens, if not as others."""
 
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
         self.c_fc = Linear(channels, 4 * channels)
         self.c_proj = Linear(4 * channels, channels)
-        self.activation = ACTIVATIONS[activation]
+        self.activation_name, self.activation = activation, ACTIVATIONS[activation]
+        self.quick: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
+        if self.quick is not None and is_single_token(x):
+            return self.quick(x)
         return self.c_proj(self.activation(self.c_fc(x)))
+
+    def use_decoder(self, decoder: Decoder, is_int8: bool) -> None:
+        """Compute single tokens with the decoder from now on."""
+        fc, proj = (Matrix.of(linear.weight, is_int8) for linear in (self.c_fc, self.c_proj))
+        self.quick = lambda x: decoder.mlp(fc, proj, self.activation_name, x)
 
     def init_weights(self, rng: Generator) -> None:
         uniform_(self.c_fc.weight, 0.4 * fan_in_bound(self.c_fc.weight), rng)
         nn.init.zeros_(self.c_proj.weight)
+
+
+def is_single_token(x: Tensor) -> bool:
+    """Whether x is (B, 1, C) or (B, C) of few rows, and no gradient is wanted."""
+    is_single = x.dim() == 2 or x.size(1) == 1
+    return is_single and x.size(0) <= MAX_ROWS and not torch.is_grad_enabled()
 
 
 def shifted(x: Tensor, positions: Tensor, previous: Tensor | None) -> Tensor:

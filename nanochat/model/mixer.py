@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from nanochat.config import ModelConfig
 from nanochat.kernels.attention_ladder import Kernel
+from nanochat.kernels.decode import Decoder
 from nanochat.kernels.flash_attention import Visibility, attention
 from nanochat.model.state import LayerState
 
@@ -22,6 +23,7 @@ class LayerContext:
 
     token_ids: (B, T). positions: (B or 1, T), restarting at each document under document masks.
     document_ids: (B, T) when document masks are on, else None. windows: per layer, see `ModelConfig.windows`.
+    past: with a decode state, at least as many tokens as any of its rows has behind it.
     attention: the kernel for tokens that look at each other, not at a cache.
     """
 
@@ -30,7 +32,8 @@ class LayerContext:
     document_ids: Tensor | None
     windows: tuple[int, ...]
     attention: Kernel = attention
-    _visibility: dict[int, Visibility] = field(default_factory=dict, repr=False)
+    past: int = 0
+    _visibility: dict[object, Visibility] = field(default_factory=dict, repr=False)
     _rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def visibility(self, layer: int) -> Visibility:
@@ -41,6 +44,18 @@ class LayerContext:
                 self.positions, self.positions, window, self.document_ids, is_row=True
             )
         return self._visibility[window]
+
+    def ring_visibility(self, layer: int, num_slots: int) -> Visibility:
+        """Who of this forward's tokens, already written, sees which of a layer's slots, as many as can be filled.
+
+        Slot s holds the last position that has come by and leaves the remainder s.
+        """
+        window, used = self.windows[layer], min(num_slots, self.past + self.token_ids.size(1))
+        if (window, num_slots) not in self._visibility:
+            last = self.positions[:, -1:]  # (B, 1)
+            slots = torch.arange(used, device=last.device)
+            self._visibility[window, num_slots] = Visibility(self.positions, last - (last - slots) % num_slots, window)
+        return self._visibility[window, num_slots]
 
     def rotary(self, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of each position's angles, (B or 1, T, 1, D / 2), computed in fp32 or better."""
@@ -68,11 +83,16 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: LayerContext, state: LayerState | None) -> Tensor:
-        """x: (B, T, C) normalised input. With a state, x continues the rows it remembers, and the state is extended."""
+        """x: (B, T, C) normalised input. With a state, x continues the rows it remembers, and extends it in place."""
 
     @abstractmethod
-    def new_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> LayerState:
-        """An empty state with room for `max_len` positions."""
+    def new_state(
+        self, batch: int, max_len: int, max_chunk: int, device: torch.device, dtype: torch.dtype
+    ) -> LayerState:
+        """An empty state with room for `max_len` positions, which come in at most `max_chunk` at a time."""
+
+    def use_decoder(self, decoder: Decoder, is_int8: bool) -> None:
+        """Compute single tokens with the decoder from now on; a mixer that cannot stays as it is."""
 
     @abstractmethod
     def init_weights(self, rng: Generator) -> None:
